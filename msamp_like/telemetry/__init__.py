@@ -1,0 +1,1 @@
+"""What a run records about its numerics, and the figures and pages made of it."""
