@@ -2,9 +2,10 @@
 
 Architecture: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2: pre-normalisation, the
 tied head, the initialisation); Brown et al., "Language Models are Few-Shot Learners", 2020,
-https://arxiv.org/abs/2005.14165 (GPT-3: the sizes). Positions: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
-https://arxiv.org/abs/2104.09864. Options: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019,
-https://arxiv.org/abs/1910.07467; Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202.
+https://arxiv.org/abs/2005.14165 (GPT-3: the sizes). Positions: Su et al., "RoFormer: Enhanced Transformer with Rotary
+Position Embedding", 2021, https://arxiv.org/abs/2104.09864. Options: Zhang and Sennrich, "Root Mean Square Layer
+Normalization", 2019, https://arxiv.org/abs/1910.07467; Shazeer, "GLU Variants Improve Transformer", 2020,
+https://arxiv.org/abs/2002.05202.
 
 The presets from 125M up are Table 1 of Peng et al., "FP8-LM: Training FP8 Large Language Models", 2023,
 https://arxiv.org/abs/2310.18313; ``tiny`` and ``small`` are ours, for bytes as tokens.
@@ -147,8 +148,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), cos, sin)
-        x_BTC = x_BTC + self.mlp(self.mlp_norm(x_BTC))
-        return x_BTC
+        output: Tensor = x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        return output
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -206,7 +207,7 @@ class GPT(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V); with ``targets_BT`` also the mean cross-entropy in nats, FP32. A target of -100 is skipped."""
+        """Logits (B, T, V); with ``targets_BT`` also the mean cross-entropy, nats, FP32. Targets of -100 are skipped."""
         length = tokens_BT.shape[1]
         if length > self.config.context:
             raise ValueError(f"a sequence has at most {self.config.context} tokens here, got {length}; raise `context`")
