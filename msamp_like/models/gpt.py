@@ -207,7 +207,7 @@ class GPT(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V); with ``targets_BT`` the mean cross-entropy too, nats, FP32. Targets of -100 do not count."""
+        """Logits (B, T, V); with ``targets_BT`` the mean cross-entropy too, nats, FP32. Targets -100 do not count."""
         length = tokens_BT.shape[1]
         if length > self.config.context:
             raise ValueError(f"a sequence has at most {self.config.context} tokens here, got {length}; raise `context`")
