@@ -75,7 +75,7 @@ $(VENV)/.torch:
 	@touch $@
 
 # Without build isolation: an isolated build environment would download its own tools, and the extension needs none.
-$(VENV)/.installed: $(VENV)/.torch setup.cfg setup.py pyproject.toml $(wildcard msamp_like/kernels/*.cpp)
+$(VENV)/.installed: $(VENV)/.torch setup.cfg setup.py pyproject.toml $(wildcard msamp_like/kernels/*.cpp msamp_like/kernels/*.h)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
