@@ -2,7 +2,8 @@
 
 Dicts (any scalar as a key), lists, tuples, None, booleans, integers, floats, strings, dtypes and tensors come back as
 they went in: a tuple is not a list, 1 is not "1", a NaN is a NaN, and one plain tensor in two places is one tensor
-again. A ScalingTensor becomes two tensors, ``<key>.payload`` and ``<key>.scale_inv``, and a note of its block and outer dtype.
+again. A ScalingTensor becomes two tensors, ``<key>.payload`` and ``<key>.scale_inv``, and a note of its block and outer
+dtype.
 
 A container or anything that JSON lacks is written as an object of one tag, so no value can be taken for a description.
 """
