@@ -1,8 +1,8 @@
 """What this machine can do for FP8 training, and what each level will use of it.
 
-A fallback is never silent: whatever the engine does without here (FP8 units, native kernels, Triton, a back end) stands in
-the report with the reason and, where there is one, the remedy. Capabilities are asked of the device, never read from a
-product's name.
+A fallback is never silent: whatever the engine does without here (FP8 units, native kernels, Triton, a back end) stands
+in the report with the reason and, where there is one, the remedy. Capabilities are asked of the device, never read from
+a product's name.
 """
 
 from __future__ import annotations

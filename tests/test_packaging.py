@@ -1,4 +1,4 @@
-"""What is shipped: the hand-written package map against the tree, the wheel and the sdist, and the price of an import."""
+"""What is shipped: the hand-written package map against the tree, the wheel and the sdist, the price of an import."""
 
 from __future__ import annotations
 
