@@ -1,0 +1,7 @@
+"""Low-precision layers, conversion of a model to them and back, gradient clipping."""
+
+from msamp_like.nn.clip_grad import clip_grad_norm_
+from msamp_like.nn.conversion import convert, restore
+from msamp_like.nn.linear import Fp8Linear, LinearGemm
+
+__all__ = ["Fp8Linear", "LinearGemm", "clip_grad_norm_", "convert", "restore"]

@@ -1,0 +1,138 @@
+"""Conversion of a plain model, in place and back, and the plan that says what becomes of each module.
+
+Identity is kept: the module objects stay, and so do the parameter objects, whose contents are swapped
+(``torch.utils.swap_tensors``). Optimizer groups, schedulers, tied weights and hooks that hold one still hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from msamp_like.nn.linear import Fp8Linear, LinearGemm
+from msamp_like.policy import Policy
+from msamp_like.scaling import quantize
+from msamp_like.tensor import ScalingTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What becomes of one module: ``product`` is "fp8", "bf16", "lookup" (an embedding) or "plain", and why."""
+
+    name: str
+    module: nn.Module
+    product: str
+    reason: str
+
+
+def plan(model: nn.Module, policy: Policy) -> list[Plan]:
+    """A plan for every Linear, every subclass of it and every embedding of a model that is not converted yet."""
+    return [_plan(name, module, policy) for name, module in model.named_modules() if _has_matrix(module)]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Bilinear)) or "weight" in _parametrized(
+        module
+    )
+
+
+def _parametrized(module: nn.Module) -> tuple[str, ...]:
+    return tuple(module.parametrizations) if torch.nn.utils.parametrize.is_parametrized(module) else ()  # type: ignore[arg-type]
+
+
+def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
+    def made(product: str, reason: str = "") -> Plan:
+        return Plan(name=name, module=module, product=product, reason=reason)
+
+    wanted, pattern = policy.product(name)
+    if wanted == "skip":
+        return made("plain", f"override {pattern!r} skips it")
+    if _parametrized(module):
+        return made("plain", "its weight is computed by a parametrization")
+    if type(module) is nn.Embedding:
+        if module.sparse or module.max_norm is not None:
+            return made("plain", "an embedding with sparse gradients or max_norm keeps plain weights")
+        return _checked(made("lookup", "a lookup has no product; its states follow the level"), module.weight)
+    if type(module) is not nn.Linear:
+        return made("plain", f"{type(module).__name__} may read its weight in a way of its own")
+    if wanted == "bf16":
+        return _checked(made("bf16", f"policy keeps {pattern!r} in bf16"), module.weight)
+    if not policy.fp8_products:
+        return _checked(made("bf16", f"level {policy.name} has no FP8 products"), module.weight)
+    return _checked(made("fp8"), module.weight)
+
+
+def _checked(wanted: Plan, weight: Tensor) -> Plan:
+    if not weight.is_floating_point() or weight.is_complex():
+        return Plan(name=wanted.name, module=wanted.module, product="plain", reason=f"its weight is {weight.dtype}")
+    if weight.numel() == 0:
+        return Plan(name=wanted.name, module=wanted.module, product="plain", reason="its weight is empty")
+    return wanted
+
+
+def convert(model: nn.Module, policy: Policy) -> dict[nn.Parameter, Tensor]:
+    """Convert ``model`` in place; returns each converted parameter with its FP32 values before conversion.
+
+    Linears become :class:`Fp8Linear`, their weights and those of embeddings become ScalingTensors as
+    ``policy.parameter_rule`` says. Raises ValueError when there is nothing to convert.
+    """
+    plans = [p for p in plan(model, policy) if p.product != "plain"]
+    if not plans:
+        raise ValueError(
+            f"a model needs at least one nn.Linear or nn.Embedding to convert, {type(model).__name__} has none that "
+            f"the policy {policy.name} takes; loosen its overrides, or train it without amp"
+        )
+    originals: dict[nn.Parameter, Tensor] = {}
+    for p in plans:
+        weight: nn.Parameter = p.module.weight  # type: ignore[assignment]
+        if not isinstance(weight, ScalingTensor):
+            originals[weight] = weight.detach().float().clone()
+            _swap(weight, quantize(weight.detach(), policy.parameter_rule))
+    for p in plans:
+        if p.product != "lookup":
+            _convert_linear(p, policy)
+    return originals
+
+
+def _convert_linear(p: Plan, policy: Policy) -> None:
+    weight = p.module.weight
+    if weight.gemm is None:  # two Linears with one weight share its scalers  # type: ignore[union-attr]
+        weight.gemm = LinearGemm(policy.for_module(p.name)).to(weight.device)  # type: ignore[union-attr]
+    p.module.__class__ = Fp8Linear
+    p.module.gemm = weight.gemm  # type: ignore[union-attr]
+    p.module.gemm.train(p.module.training)  # type: ignore[union-attr, operator]
+
+
+def _swap(parameter: nn.Parameter, stored: Tensor) -> None:
+    """Put ``stored`` behind the parameter object; a gradient that is there already comes along in the new form."""
+    grad, parameter.grad = parameter.grad, None
+    torch.utils.swap_tensors(parameter, nn.Parameter(stored, parameter.requires_grad))
+    if grad is not None:
+        if isinstance(parameter, ScalingTensor) and not isinstance(grad, ScalingTensor):
+            grad = ScalingTensor(
+                grad.to(torch.bfloat16), grad.new_ones(1, 1, dtype=torch.float32), dtype=parameter.dtype
+            )
+        parameter.grad = grad if isinstance(parameter, ScalingTensor) else grad.dequantize()
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Turn a converted model back into plain torch, in place: the values that its parameters stand for, nothing
+    else."""
+    for module in list(model.modules()):
+        if isinstance(module, Fp8Linear):
+            del module.gemm
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+    for parameter in model.parameters():
+        if isinstance(parameter, ScalingTensor):
+            _swap(parameter, parameter.dequantize())
+    return model
+
+
+def gemms(model: nn.Module) -> Iterator[tuple[str, LinearGemm]]:
+    """(name, gemm) of every converted weight, each weight once."""
+    for name, module in model.named_modules():
+        if isinstance(module, LinearGemm):
+            yield name, module

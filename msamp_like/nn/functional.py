@@ -1,0 +1,78 @@
+"""A linear layer in low precision: three GEMMs in one autograd function.
+
+    output      = input       @ weight^T      E4M3 x E4M3
+    grad_input  = grad_output @ weight        E5M2 x E4M3
+    grad_weight = grad_output^T @ input       E5M2 x E4M3
+
+What backward keeps is what the GEMM read: the quantized input and the weight's compute copy, one byte an element.
+grad_weight leaves as BF16; the first micro-batch's is rounded to the gradient's format by the hook that ``amp`` puts on
+the parameter, the sum of several once, when it is sent or stepped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from msamp_like import kernels
+from msamp_like.formats import BF16
+from msamp_like.kernels import Operand
+from msamp_like.tensor import ScalingTensor, unscaled
+
+if TYPE_CHECKING:
+    from msamp_like.nn.linear import LinearGemm
+
+
+def linear(input: Tensor, weight: ScalingTensor, bias: Tensor | None, gemm: LinearGemm) -> Tensor:
+    """``input @ weight^T + bias``; input (..., in_features), weight (out_features, in_features).
+
+    Returns the autocast dtype where autocast is on, else the input's.
+    """
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"the input's last dim must be in_features {weight.shape[1]}, got shape {tuple(input.shape)}; "
+            "transpose or project it first"
+        )
+    device = input.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    record = torch.is_grad_enabled() and gemm.training
+    output = _Linear.apply(input.reshape(-1, weight.shape[1]), weight, gemm, dtype, record)
+    if bias is not None:
+        output = output + bias.to(dtype)
+    return output.view(*input.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: Tensor, weight: ScalingTensor, gemm: LinearGemm, dtype: torch.dtype, record: bool
+    ) -> Tensor:
+        stored_input = gemm.input.quantize(input, record)
+        stored_weight = gemm.weight_operand(weight)
+        needs_grad_input, needs_grad_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(
+            *(stored_input[:2] if needs_grad_weight else (None, None)),
+            *(stored_weight[:2] if needs_grad_input else (None, None)),
+        )
+        ctx.gemm, ctx.record = gemm, record
+        ctx.blocks = stored_input.block, stored_weight.block
+        ctx.dtypes = input.dtype, weight.dtype
+        return kernels.scaled_matmul(stored_input, stored_weight, "nt", dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input_payload, input_scale_inv, weight_payload, weight_scale_inv = ctx.saved_tensors
+        input_block, weight_block = ctx.blocks
+        input_dtype, weight_dtype = ctx.dtypes
+        stored_grad = ctx.gemm.grad_output.quantize(grad_output, ctx.record)
+        grad_input = grad_weight = None
+        if weight_payload is not None:
+            operand = Operand(weight_payload, weight_scale_inv, weight_block)
+            grad_input = kernels.scaled_matmul(stored_grad, operand, "nn", input_dtype)
+        if input_payload is not None:
+            operand = Operand(input_payload, input_scale_inv, input_block)
+            product = kernels.scaled_matmul(stored_grad, operand, "tn", BF16.dtype)
+            grad_weight = unscaled(product, weight_dtype)
+        return grad_input, grad_weight, None, None, None

@@ -1,0 +1,258 @@
+"""Which precision each tensor gets: a policy maps a role to a rule.
+
+A level of FP8-LM (Peng et al., "FP8-LM: Training FP8 Large Language Models", 2023, https://arxiv.org/abs/2310.18313) is
+one constant below. Nothing in the engine asks which level it runs: it asks the policy for the rule of a role.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP8_FORMATS, FP16, FP32, WHOLE, Block, Format, check_block
+
+
+class Role(enum.Enum):
+    """What a tensor is for."""
+
+    INPUT = "input"
+    WEIGHT = "weight"
+    GRAD_OUTPUT = "grad_output"
+    GRAD_WEIGHT = "grad_weight"
+    MASTER_WEIGHT = "master_weight"
+    FIRST_MOMENT = "first_moment"
+    SECOND_MOMENT = "second_moment"
+    PARTIAL_OUTPUT = "partial_output"
+    SAVED_ACTIVATION = "saved_activation"
+
+    @property
+    def index(self) -> int:
+        """Position in the enumeration; part of the random stream of stochastic rounding, so the order never changes."""
+        return list(Role).index(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How the tensors of one role are stored.
+
+    ``history`` 0 takes the scale from the tensor at hand; n > 0 from the amax of the last n steps (delayed scaling),
+    either the "max" of them or the "most_recent". ``margin`` keeps that many powers of two free above amax.
+    ``rounding`` is "nearest" or "stochastic".
+    """
+
+    format: Format
+    block: Block = WHOLE
+    history: int = 0
+    algorithm: str = "max"
+    margin: int = 0
+    power_of_two: bool = True
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        if self.history < 0 or (self.history > 0 and self.block != WHOLE):
+            raise ValueError(
+                f"a history needs one scale for the whole tensor, got history={self.history} with block={self.block}; "
+                "use history=0 with blocks"
+            )
+        for name, known in (("algorithm", ("max", "most_recent")), ("rounding", ("nearest", "stochastic"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+
+    def __str__(self) -> str:
+        if not self.format.scaled:
+            return self.format.name
+        rows, columns = self.block
+        scope = {(-1, -1): "tensor", (1, -1): "row"}.get(self.block, f"{rows}x{columns}")
+        source = f"{self.algorithm} of last {self.history}" if self.history else "this tensor"
+        kind = "" if self.power_of_two else ", exact scale"
+        rounding = ", stochastic" if self.rounding == "stochastic" else ""
+        return f"{self.format.name}, scale per {scope} from {source}{kind}{rounding}"
+
+
+GEMM_ROLES = (Role.INPUT, Role.WEIGHT, Role.GRAD_OUTPUT)
+
+# Why the output head stays in BF16: its error goes straight into the logits, it is a few per cent of the FLOPs, and
+# every recipe that trains at scale keeps it (docs/explanation/numerics.md shows what each choice costs here).
+DEFAULT_EXCEPTIONS: tuple[tuple[str, str], ...] = tuple(
+    (pattern, "bf16") for name in ("lm_head", "head") for pattern in (name, f"*.{name}")
+)
+
+_PRODUCTS = {
+    "bf16": "the three products in BF16, everything else as the level says",
+    "fp8": "the three products in FP8, also where the default keeps BF16",
+    "skip": "left alone: a plain torch module with FP32 states",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Role -> Rule, with exceptions by module name.
+
+    ``parameter`` says what the parameter itself holds: the MASTER_WEIGHT (O1, O2: its compute copy is made from it), or
+    the WEIGHT that products read, its master kept by the optimizer (O0, and O3 where the owner keeps it).
+    ``exceptions`` are (pattern, product) pairs; a pattern is matched against the module's full name as a shell does,
+    the last match wins, and a product is "bf16", "fp8" or "skip".
+    """
+
+    name: str
+    rules: Mapping[Role, Rule]
+    parameter: Role = Role.MASTER_WEIGHT
+    exceptions: tuple[tuple[str, str], ...] = field(default=DEFAULT_EXCEPTIONS)
+
+    def __post_init__(self) -> None:
+        missing = [role.value for role in Role if role not in self.rules]
+        if missing:
+            raise ValueError(f"a policy needs a rule for every role, {self.name!r} lacks {', '.join(missing)}")
+        if self.parameter not in (Role.MASTER_WEIGHT, Role.WEIGHT):
+            raise ValueError(f"a parameter holds its master_weight or its weight, got {self.parameter.value!r}")
+        for pattern, product in self.exceptions:
+            if product not in _PRODUCTS:
+                known = "; ".join(f"{name!r} ({meaning})" for name, meaning in _PRODUCTS.items())
+                raise ValueError(f"the override of {pattern!r} must be one of {known}, got {product!r}")
+        object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
+
+    def __getitem__(self, role: Role) -> Rule:
+        return self.rules[role]
+
+    def __reduce__(self) -> tuple[object, ...]:  # a mapping proxy does not pickle, a policy has to
+        return _rebuild, (self.name, dict(self.rules), self.parameter, self.exceptions)
+
+    @property
+    def parameter_rule(self) -> Rule:
+        """The rule of what a matrix parameter holds."""
+        return self[self.parameter]
+
+    @property
+    def fp8_products(self) -> bool:
+        """Whether the GEMMs read FP8 operands."""
+        return all(self[role].format in FP8_FORMATS for role in GEMM_ROLES)
+
+    def product(self, module_name: str) -> tuple[str, str]:
+        """("fp8" | "bf16" | "skip", the pattern that said so or "") for a module."""
+        chosen = ("fp8", "")
+        for pattern, product in self.exceptions:
+            if matches(module_name, pattern):
+                chosen = (product, pattern)
+        return chosen
+
+    def for_module(self, module_name: str) -> Policy:
+        """This policy as it holds for one module: with "bf16", the three operands of its products are BF16."""
+        if self.product(module_name)[0] != "bf16":
+            return self
+        return replace(self, rules={**self.rules, **dict.fromkeys(GEMM_ROLES, Rule(format=BF16))})
+
+    def override(self, overrides: Mapping[str, str]) -> Policy:
+        """With more exceptions, each of which wins over those before it: ``override({"lm_head": "fp8"})``."""
+        return replace(self, exceptions=(*self.exceptions, *overrides.items()))
+
+    def with_rule(self, role: Role | str, rule: Rule | str) -> Policy:
+        """With another rule for one role; a format's name keeps the rest of the rule: ``with_rule("weight",
+        "e5m2")``."""
+        role = _role(role)
+        if isinstance(rule, str):
+            if rule not in FORMATS:
+                raise ValueError(f"a format must be one of {', '.join(FORMATS)}, got {rule!r}{_nearest(rule, FORMATS)}")
+            rule = replace(self[role], format=FORMATS[rule])
+        return replace(self, name=f"{self.name}+{role.value}={rule.format}", rules={**self.rules, role: rule})
+
+    def with_recipe(self, recipe: str) -> Policy:
+        """With the scaling of activations and their gradients as a named recipe has it: "delayed" or "current"."""
+        if recipe not in RECIPES:
+            raise ValueError(f"a recipe must be one of {', '.join(RECIPES)}, got {recipe!r}{_nearest(recipe, RECIPES)}")
+        rules = dict(self.rules)
+        for role in (Role.INPUT, Role.GRAD_OUTPUT):
+            if rules[role].format.scaled:
+                rules[role] = replace(rules[role], history=RECIPES[recipe])
+        return replace(self, rules=rules)
+
+    def __str__(self) -> str:
+        held = {self.parameter: "  (the parameter)"}
+        lines = [f"policy {self.name}"]
+        lines += [f"  {role.value:<17} {rule}{held.get(role, '')}" for role, rule in self.rules.items()]
+        lines += [f"  {pattern:<17} products in {product}" for pattern, product in self.exceptions]
+        return "\n".join(lines)
+
+
+RECIPES: Mapping[str, int] = MappingProxyType({"delayed": 16, "current": 0})
+"""Recipe -> amax history of INPUT and GRAD_OUTPUT, in steps."""
+
+_STATE_BLOCK: Block = (1, 128)
+
+O0 = Policy(
+    name="O0",
+    parameter=Role.WEIGHT,
+    rules={
+        **dict.fromkeys(Role, Rule(format=BF16)),
+        **dict.fromkeys((Role.MASTER_WEIGHT, Role.FIRST_MOMENT, Role.SECOND_MOMENT), Rule(format=FP32)),
+    },
+)
+"""BF16 mixed precision with FP32 states, in the same code: the yardstick."""
+
+O1 = Policy(
+    name="O1",
+    rules={
+        Role.INPUT: Rule(format=E4M3, history=16),
+        Role.WEIGHT: Rule(format=E4M3),
+        Role.GRAD_OUTPUT: Rule(format=E5M2, history=16),
+        Role.GRAD_WEIGHT: Rule(format=E4M3),
+        Role.MASTER_WEIGHT: Rule(format=FP16, block=_STATE_BLOCK),
+        Role.FIRST_MOMENT: Rule(format=FP32),
+        Role.SECOND_MOMENT: Rule(format=FP32),
+        Role.PARTIAL_OUTPUT: Rule(format=E4M3),
+        Role.SAVED_ACTIVATION: Rule(format=BF16),
+    },
+)
+"""FP8 products and gradients, FP16 master weights with scales; FP32 moments."""
+
+O2 = replace(
+    O1,
+    name="O2",
+    rules={
+        **O1.rules,
+        Role.FIRST_MOMENT: Rule(format=E4M3, block=_STATE_BLOCK),
+        Role.SECOND_MOMENT: Rule(format=FP16, block=_STATE_BLOCK),
+    },
+)
+"""O1 with an E4M3 first and an FP16 second moment."""
+
+LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2)})
+
+
+def matches(module_name: str, pattern: str) -> bool:
+    """Whether an override's pattern names the module, as a shell matches file names."""
+    return fnmatch.fnmatchcase(module_name, pattern)
+
+
+def resolve(level: str | Policy) -> Policy:
+    """The policy of a level's name, or the policy itself; raises ValueError for an unknown name."""
+    if isinstance(level, Policy):
+        return level
+    if level not in LEVELS:
+        raise ValueError(
+            f"a level must be one of {', '.join(LEVELS)} or a Policy, got {level!r}{_nearest(str(level), LEVELS)}"
+        )
+    return LEVELS[level]
+
+
+def _role(role: Role | str) -> Role:
+    if isinstance(role, Role):
+        return role
+    known = {r.value: r for r in Role}
+    if role not in known:
+        raise ValueError(f"a role must be one of {', '.join(known)}, got {role!r}{_nearest(role, known)}")
+    return known[role]
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name.upper(), [k.upper() for k in known], n=1)
+    found = [k for k in known if close and k.upper() == close[0]]
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _rebuild(name: str, rules: Mapping[Role, Rule], parameter: Role, exceptions: tuple[tuple[str, str], ...]) -> Policy:
+    return Policy(name=name, rules=rules, parameter=parameter, exceptions=exceptions)

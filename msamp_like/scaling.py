@@ -1,0 +1,202 @@
+"""Scalers: from the amax of a tensor to the scale it is quantized with.
+
+A scale comes from the tensor at hand (current scaling) or from the amax of past steps (delayed scaling, which reads the
+tensor once instead of twice). A delayed scaler collects the largest amax of the running step and enters it into its
+history when the optimizer steps, for all layers in one call of :func:`roll`. Within a step the maximum is idempotent,
+so a forward recomputed by activation checkpointing changes nothing, and every micro-batch of a step uses the same
+scale.
+
+:class:`AutoScaler` is the gradient scaling of FP8-LM (Peng et al., 2023, https://arxiv.org/abs/2310.18313, eq. 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msamp_like import kernels
+from msamp_like.formats import WHOLE
+from msamp_like.kernels import Noise, Operand
+from msamp_like.policy import Rule
+from msamp_like.tensor import ScalingTensor, unscaled
+
+
+def quantize(x: Tensor, rule: Rule, noise: Noise | None = None) -> ScalingTensor:
+    """A plain tensor as the rule stores it, scales from the tensor itself; outer dtype is ``x.dtype``.
+
+    A non-finite value flags its block through ``scale_inv``; in BF16 and FP32, which have no scale, it stays in the
+    payload.
+    """
+    if not rule.format.scaled:
+        return unscaled(x.to(rule.format.dtype), x.dtype)
+    if noise is None:
+        payload, scale_inv, _ = kernels.quantize_current(
+            x.contiguous(), rule.format, rule.block, rule.margin, rule.power_of_two
+        )
+    else:
+        amax = kernels.amax(x.contiguous(), rule.block)
+        scale_inv = kernels.scale_inv_from_amax(amax, rule.format, rule.margin, rule.power_of_two)
+        payload = kernels.quantize(x.contiguous(), scale_inv, rule.format, rule.block, noise)
+    return ScalingTensor(payload, scale_inv, rule.block, x.dtype)
+
+
+class Scaler(torch.nn.Module):
+    """Quantizes one tensor of one layer, step after step, as its rule says.
+
+    With a history it scales from the tensor at hand ("in time") until the history is full; a zero amax never enters the
+    history, a non-finite one empties it. Nothing is recorded in evaluation or without gradients.
+
+    The buffers are int32: they hold the bit patterns of FP32 numbers, so that a cast of the whole module to half leaves
+    them alone, and for numbers that are not negative integer order is numeric order. They are not in the module's
+    ``state_dict``, which stays that of the plain model; ``amp.state_dict`` saves them.
+    """
+
+    history: Tensor  # (rule.history,) bits of amax, most recent first
+    pending: Tensor  # (1, 1) bits of the running step's amax
+    scale_bits: Tensor  # (1, 1) bits of the delayed scale_inv
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.filled = 0
+        if rule.history:
+            self.register_buffer("history", torch.zeros(rule.history, dtype=torch.int32), persistent=False)
+            self.register_buffer("pending", torch.zeros(1, 1, dtype=torch.int32), persistent=False)
+            self.register_buffer("scale_bits", torch.zeros(1, 1, dtype=torch.int32), persistent=False)
+
+    @property
+    def in_time(self) -> bool:
+        """Whether the scale comes from the tensor at hand."""
+        return self.filled < self.rule.history
+
+    def quantize(self, x: Tensor, record: bool) -> Operand:
+        """``x`` as stored; with ``record``, its amax takes part in the history."""
+        rule = self.rule
+        if not rule.format.scaled:
+            return Operand(x.to(rule.format.dtype), x.new_ones(1, 1, dtype=torch.float32), WHOLE)
+        x = x.contiguous()
+        if rule.history == 0 or self.in_time:
+            payload, scale_inv, amax = kernels.quantize_current(
+                x, rule.format, rule.block, rule.margin, rule.power_of_two
+            )
+        else:
+            payload, amax = kernels.quantize_amax(x, self.scale_bits.view(torch.float32), rule.format, rule.block)
+            scale_inv = torch.where(torch.isfinite(amax), self.scale_bits.view(torch.float32), torch.inf)
+        if record and rule.history:
+            self.pending.copy_(torch.maximum(self.pending, amax.view(torch.int32)))
+        return Operand(payload, scale_inv, rule.block)
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs; the same on every rank after :func:`roll`."""
+        if not self.rule.history:
+            return {}
+        return {"history": self.history.clone(), "scale": self.scale_bits.clone(), "filled": self.filled}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state` was taken; raises ValueError for another history length."""
+        if len(state.get("history", ())) != self.rule.history:
+            raise ValueError(
+                f"a saved amax history must be as long as the rule's ({self.rule.history}), got "
+                f"{len(state.get('history', ()))}; initialize with the recipe that the checkpoint was made with"
+            )
+        if self.rule.history:
+            self.history.copy_(state["history"])
+            self.scale_bits.copy_(state["scale"])
+            self.pending.zero_()
+            self.filled = int(state["filled"])
+
+    def extra_repr(self) -> str:
+        return str(self.rule)
+
+
+@torch.no_grad()
+def roll(scalers: Iterable[Scaler], reduce_max: Callable[[Tensor], None] | None = None) -> None:
+    """Enter the running step's amax of every scaler into its history and set the scales of the next step.
+
+    ``reduce_max`` makes a tensor of FP32 amaxes, shape (scalers,), the maximum over the ranks that share the model, in
+    place: one collective a step, after which all of them hold the same histories. One read of the device a step.
+    """
+    groups: dict[Rule, list[Scaler]] = {}
+    for scaler in scalers:
+        if scaler.rule.history:
+            groups.setdefault(scaler.rule, []).append(scaler)
+    if not groups:
+        return
+    delayed = [scaler for group in groups.values() for scaler in group]
+    amax = torch.cat([s.pending.view(1) for s in delayed]).view(torch.float32)
+    amax = torch.where(torch.isfinite(amax), amax, torch.inf)  # a NaN would not survive gloo's MAX
+    if reduce_max is not None:
+        reduce_max(amax)
+    values = amax.tolist()
+    for group in groups.values():
+        _roll_group(group, amax[: len(group)], values[: len(group)])
+        amax, values = amax[len(group) :], values[len(group) :]
+
+
+def _roll_group(group: Sequence[Scaler], amax: Tensor, values: Sequence[float]) -> None:
+    rule = group[0].rule
+    old = torch.stack([s.history for s in group]).view(torch.float32)
+    rolled = torch.cat([amax.unsqueeze(1), old[:, :-1]], dim=1)
+    history = torch.where((amax == 0).unsqueeze(1), old, rolled)
+    history = torch.where(torch.isfinite(amax).unsqueeze(1), history, 0.0)
+    largest = history[:, 0] if rule.algorithm == "most_recent" else history.amax(dim=1)
+    scale_inv = kernels.scale_inv_from_amax(largest, rule.format, rule.margin, rule.power_of_two)
+    scale_bits = scale_inv.view(torch.int32)
+    torch._foreach_copy_([s.history for s in group], list(history.view(torch.int32)))
+    torch._foreach_copy_([s.scale_bits for s in group], [bits.view(1, 1) for bits in scale_bits])
+    torch._foreach_zero_([s.pending for s in group])
+    for scaler, value in zip(group, values, strict=True):
+        if value == float("inf"):
+            scaler.filled = 0
+        elif value > 0:
+            scaler.filled = min(scaler.filled + 1, rule.history)
+
+
+def saturation(payload: Tensor, largest: float) -> Tensor:
+    """Share of the elements that sit at the format's largest magnitude, a scalar FP32 tensor."""
+    return (payload.float().abs() == largest).float().mean()
+
+
+class AutoScaler:
+    """FP8-LM's automatic scaling of a gradient before it is summed in FP8: mu between under- and overflow.
+
+    The gradient is stored with ``mu`` times the scale that its amax asks for. After each step the saturation of the
+    payload decides: above ``threshold`` mu is halved, else it grows by 2^(1/window), so that ``window`` clean steps
+    double it. mu is one FP32 scalar a tensor and stays on the gradient's device.
+    """
+
+    def __init__(self, rule: Rule, window: int = 1000, threshold: float = 1e-5, initial: float = 1.0) -> None:
+        if window < 1 or not 0 <= threshold < 1 or initial <= 0:
+            raise ValueError(
+                "mu needs window >= 1, 0 <= threshold < 1 and initial > 0, got "
+                f"window={window}, threshold={threshold}, initial={initial}"
+            )
+        self.rule = rule
+        self.window = window
+        self.threshold = threshold
+        self.mu = torch.tensor(initial, dtype=torch.float32)
+
+    def quantize(self, x: Tensor) -> ScalingTensor:
+        """``x`` as stored under the present mu; values beyond the format saturate, and :meth:`update` sees them."""
+        self.mu = self.mu.to(x.device)
+        amax = kernels.amax(x.contiguous(), self.rule.block)
+        scale_inv = kernels.scale_inv_from_amax(amax, self.rule.format, self.rule.margin, self.rule.power_of_two)
+        scale_inv = scale_inv / self.mu
+        payload = kernels.quantize(x.contiguous(), scale_inv, self.rule.format, self.rule.block)
+        return ScalingTensor(payload, scale_inv, self.rule.block, x.dtype)
+
+    def update(self, payload: Tensor) -> None:
+        """Adapt mu to the saturation of what was sent, or of the sum that came back."""
+        crowded = saturation(payload, self.rule.format.largest) > self.threshold
+        self.mu = torch.where(crowded, self.mu * 0.5, self.mu * 2.0 ** (1.0 / self.window))
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs."""
+        return {"mu": self.mu.clone()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state` was taken."""
+        self.mu = state["mu"].clone()

@@ -1,0 +1,245 @@
+"""ScalingTensor: a tensor stored in few bits with its scales.
+
+    real = payload * scale_inv
+
+It is a ``torch.Tensor``, so a parameter, a gradient, an optimizer state and a message are all this one class: modules
+hold it, autograd accumulates it, ``torch.save`` writes it, ``torch.compile`` sees its two plain tensors. The operations
+below are all it defines. Any other raises: to turn a tensor back into plain numbers is a decision, and it is written
+``tensor.dequantize()``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from msamp_like import kernels
+from msamp_like.formats import WHOLE, Block, Format, format_of, grid_shape
+from msamp_like.kernels import Noise, Operand
+
+aten = torch.ops.aten
+
+
+class Gemm(Protocol):
+    """What a weight knows about its products, so that ``F.linear`` takes the same path as the layer that owns it."""
+
+    def linear(self, input: Tensor, weight: ScalingTensor, bias: Tensor | None) -> Tensor: ...
+
+
+class ScalingTensor(torch.Tensor):
+    """``payload`` (any of our formats) and ``scale_inv`` (FP32, one entry a block) behind one tensor.
+
+    The outer ``dtype`` is the one that the user's tensor had; it decides what ``dequantize()`` and mixed arithmetic
+    give back, never what is stored. ``gemm`` is set on weights by the conversion and is None everywhere else.
+    """
+
+    payload: Tensor
+    scale_inv: Tensor
+    block: Block
+    gemm: Gemm | None
+    _casts: dict[tuple[object, ...], Operand]
+
+    @staticmethod
+    def __new__(
+        cls,
+        payload: Tensor,
+        scale_inv: Tensor,
+        block: Block = WHOLE,
+        dtype: torch.dtype = torch.float32,
+        requires_grad: bool = False,
+    ) -> ScalingTensor:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, payload.shape, dtype=dtype, device=payload.device, requires_grad=requires_grad
+        )
+
+    def __init__(
+        self,
+        payload: Tensor,
+        scale_inv: Tensor,
+        block: Block = WHOLE,
+        dtype: torch.dtype = torch.float32,
+        requires_grad: bool = False,
+    ) -> None:
+        expected = grid_shape(payload.shape, block)
+        if tuple(scale_inv.shape) != expected:
+            raise ValueError(
+                f"a payload of shape {tuple(payload.shape)} with block {block} has scales of shape {expected}, "
+                f"got {tuple(scale_inv.shape)}; reshape scale_inv"
+            )
+        self.payload = payload
+        self.scale_inv = scale_inv
+        self.block = block
+        self.gemm = None
+        self._casts = {}
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> Format:
+        """Format of the payload."""
+        return format_of(self.payload.dtype)
+
+    @property
+    def operand(self) -> Operand:
+        """The stored tensors as kernels take them."""
+        return Operand(self.payload, self.scale_inv, self.block)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of payload and scales, measured on the tensors; a cached cast is not in it (see ``cast_bytes``)."""
+        return self.payload.nbytes + self.scale_inv.nbytes
+
+    @property
+    def cast_bytes(self) -> int:
+        """Bytes of the compute copies that are cached now."""
+        copies = [c for c in self._casts.values() if c.payload is not self.payload]
+        return sum(c.payload.nbytes + c.scale_inv.nbytes for c in copies)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The real values as a plain tensor, in the outer dtype unless another is asked for."""
+        return kernels.dequantize(self.payload, self.scale_inv, self.block, dtype or self.dtype)
+
+    def cast(self, format: Format, block: Block = WHOLE, margin: int = 0, power_of_two: bool = True) -> Operand:
+        """The same values in another format, with scales from the values at hand; kept until the tensor is written.
+
+        The compute copy of a weight: made once an optimizer step, whatever the number of micro-batches.
+        """
+        if torch.compiler.is_compiling():
+            return self._made(format, block, margin, power_of_two)  # a traced copy belongs to its graph
+        key = (format.name, block, margin, power_of_two)
+        if key not in self._casts:
+            self._casts[key] = self._made(format, block, margin, power_of_two)
+        return self._casts[key]
+
+    def _made(self, format: Format, block: Block, margin: int, power_of_two: bool) -> Operand:
+        if self.payload.dtype == format.dtype and (block == self.block or not format.scaled):
+            return self.operand
+        if not format.scaled:
+            return Operand(self.dequantize(format.dtype), _one(self.device), WHOLE)
+        values = self.dequantize(torch.float32)
+        payload, scale_inv, _ = kernels.quantize_current(values, format, block, margin, power_of_two)
+        return Operand(payload, scale_inv, block)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def store_(self, value: Tensor, noise: Noise | None = None) -> ScalingTensor:
+        """Overwrite with real values in the tensor's own format and blocks; ``noise`` rounds stochastically."""
+        kernels.store_(Operand(self.payload, self.scale_inv, self.block, noise), value.contiguous())
+        self.drop_casts()
+        return self
+
+    def drop_casts(self) -> None:
+        """Forget compute copies; whoever writes the payload in place calls this."""
+        self._casts.clear()
+
+    def replace_(self, other: ScalingTensor) -> ScalingTensor:
+        """Hold another's storage from now on: the only way to change format or blocks in place."""
+        self.payload, self.scale_inv, self.block = other.payload, other.scale_inv, other.block
+        self.drop_casts()
+        return self
+
+    # --- torch ------------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        extra = ", requires_grad=True" if self.requires_grad else ""
+        return (
+            f"ScalingTensor({self.dequantize()}, format={self.format}, block={self.block}, "
+            f"scale_inv={tuple(self.scale_inv.shape)}{extra})"
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Block, torch.dtype]]:
+        return ["payload", "scale_inv"], (self.block, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: tuple[Block, torch.dtype], outer_size: Any, outer_stride: Any
+    ) -> ScalingTensor:
+        return ScalingTensor(inner["payload"], inner["scale_inv"], *context)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        arguments = (self.payload, self.scale_inv, self.block, self.dtype, self.requires_grad, is_parameter)
+        return rebuild, arguments
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScalingTensor:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        if not self.is_leaf:
+            raise RuntimeError("only a leaf of the autograd graph can be deep-copied, got a result; detach() it first")
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        inner = (self.payload.detach().clone(), self.scale_inv.detach().clone())
+        new = rebuild(*inner, self.block, self.dtype, self.requires_grad, is_parameter)
+        memo[id(self)] = new
+        new.gemm = copy.deepcopy(self.gemm, memo)
+        if self.grad is not None:
+            new.grad = copy.deepcopy(self.grad, memo)
+        return new
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in OPERATIONS:
+            raise NotImplementedError(
+                f"{func} is not defined on a ScalingTensor, whose values would have to be dequantized in silence; call "
+                ".dequantize() where that is meant, or keep the module out of FP8 with "
+                "amp.initialize(..., overrides={'module.name': 'skip'})"
+            )
+        return OPERATIONS[func](*args, **(kwargs or {}))
+
+    __hash__ = torch.Tensor.__hash__
+
+
+def rebuild(
+    payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype, requires_grad: bool, is_parameter: bool
+) -> ScalingTensor:
+    """A ScalingTensor from its parts; what pickling and deepcopy call."""
+    tensor = ScalingTensor(payload, scale_inv, tuple(block), dtype)  # type: ignore[arg-type]
+    if is_parameter:
+        return torch.nn.Parameter(tensor, requires_grad)  # type: ignore[return-value]
+    return tensor.requires_grad_(requires_grad)  # type: ignore[return-value]
+
+
+# Lets torch.load(weights_only=True) rebuild what it read: one class and one function, both free of side effects.
+torch.serialization.add_safe_globals([ScalingTensor, rebuild])
+
+
+def real(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The plain values of a plain or scaling tensor."""
+    return tensor.dequantize(dtype) if isinstance(tensor, ScalingTensor) else tensor.to(dtype)
+
+
+def unscaled(values: Tensor, dtype: torch.dtype) -> ScalingTensor:
+    """Plain BF16 (or FP32, FP16) values as a ScalingTensor of scale 1 and outer ``dtype``."""
+    return ScalingTensor(values, _one(values.device), WHOLE, dtype)
+
+
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, 1, dtype=torch.float32, device=device)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, ScalingTensor) and weight.gemm is not None and not isinstance(input, ScalingTensor):
+        return weight.gemm.linear(input, weight, bias)
+    raise NotImplementedError(
+        "F.linear needs a plain input and a weight that amp.initialize converted, got "
+        f"{type(input).__name__} and {type(weight).__name__}; call .dequantize() where plain values are meant"
+    )
+
+
+OPERATIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""ATen operation -> what it does on a ScalingTensor; filled by :mod:`msamp_like.tensor.operations`, at import alone."""

@@ -1,0 +1,216 @@
+"""The one optimizer step: read what is stored, update in FP32, write back as the policy says.
+
+An optimizer is a pure FP32 update and the role of each state it keeps; this file does the rest. It knows no format (the
+policy does) and no process group (gradients arrive reduced).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from msamp_like import kernels
+from msamp_like.formats import WHOLE
+from msamp_like.kernels import Noise, Operand
+from msamp_like.policy import O2, Policy, Role, Rule
+from msamp_like.scaling import quantize
+from msamp_like.tensor import ScalingTensor, real
+
+logger = logging.getLogger(__name__)
+
+Group = Mapping[str, Any]
+State = dict[str, Any]
+
+
+class LowPrecisionOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: a subclass names its states' roles and gives :meth:`update`.
+
+    Matrices that the conversion made ScalingTensors keep their states as ``policy`` says; every other parameter (norms,
+    biases, skipped modules) keeps FP32 states. Where the parameter holds the compute weight alone, its master is one
+    more state, ``master_weight``.
+
+    A step with a non-finite gradient changes nothing, is counted in ``skipped_steps`` and logged. ``seed`` starts the
+    random stream of stochastic rounding, which also depends on parameter, step and role, and on nothing else.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], *, policy: Policy | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(params, defaults)
+        self.policy = policy or O2
+        self.seed = seed
+        self.skipped_steps = 0
+        self._consecutive_skips = 0
+
+    # --- what a subclass says ---------------------------------------------------------------------------------------
+
+    def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
+        """Pure FP32 update: new [param, *states] from the old; ``step`` counts from 1."""
+        raise NotImplementedError
+
+    def fused_update(self, param: Operand, grad: Operand, states: list[Operand], group: Group, step: int) -> bool:
+        """The same in place by one kernel on stored tensors; False where there is none."""
+        return False
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; returns the closure's loss. Every parameter's gradient is read where it was reduced to."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._gradients_are_finite():
+            self.skipped_steps += 1
+            self._consecutive_skips += 1
+            logger.warning(
+                "a gradient is not finite: step skipped (%d skipped so far, %d in a row)",
+                self.skipped_steps,
+                self._consecutive_skips,
+            )
+            return loss
+        self._consecutive_skips = 0
+        for index, (param, group) in enumerate(self._parameters()):
+            if param.grad is not None:
+                self._step_parameter(param, group, index)
+        return loss
+
+    def _parameters(self) -> Iterable[tuple[Tensor, dict[str, Any]]]:
+        return ((param, group) for group in self.param_groups for param in group["params"])
+
+    def _gradients_are_finite(self) -> bool:
+        """Round accumulated gradients, then ask all of them with one read of the device."""
+        flags = []
+        for param, _ in self._parameters():
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise RuntimeError("a gradient must be dense, got a sparse one; use nn.Embedding(sparse=False)")
+            flags.append(torch.isfinite(self._finiteness(param)).all())
+        return not flags or bool(torch.stack([f.to(flags[0].device) for f in flags]).all())
+
+    def _finiteness(self, param: Tensor) -> Tensor:
+        """A small tensor that is finite if and only if the gradient is."""
+        grad = param.grad
+        if not isinstance(grad, ScalingTensor):
+            return kernels.amax(grad.contiguous(), WHOLE)  # type: ignore[union-attr]
+        rule = self.policy[Role.GRAD_WEIGHT]
+        if grad.format is not rule.format and rule.format.scaled:
+            grad.replace_(quantize(grad.dequantize(torch.float32), rule))
+        return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE)
+
+    def _step_parameter(self, param: Tensor, group: Group, index: int) -> None:
+        state = self._initialized(param)
+        state["step"] += 1
+        step = int(state["step"])
+        master = state.get("master_weight", param)
+        scaled = isinstance(param, ScalingTensor)
+        operands = [self._operand(master, Role.MASTER_WEIGHT, index, step, scaled)]
+        operands += [self._operand(state[name], role, index, step, scaled) for name, role in self.roles.items()]
+        grad = self._operand(param.grad, Role.GRAD_WEIGHT, index, step, False)  # type: ignore[arg-type]
+        if not self.fused_update(operands[0], grad, operands[1:], group, step):
+            values = [kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32) for o in (grad, *operands)]
+            for operand, value in zip(
+                operands, self.update(values[1], values[0], values[2:], group, step), strict=True
+            ):
+                kernels.store_(operand, value)
+        if master is not param:
+            param.copy_(master)
+        elif isinstance(param, ScalingTensor):
+            param.drop_casts()
+
+    def _operand(self, tensor: Tensor, role: Role, index: int, step: int, scaled: bool) -> Operand:
+        noise = None
+        if scaled and self.policy[role].rounding == "stochastic":
+            noise = Noise(self.seed, index, step, role.index)
+        if isinstance(tensor, ScalingTensor):
+            return Operand(tensor.payload, tensor.scale_inv, tensor.block, noise)
+        return Operand(tensor, torch.ones(1, 1, dtype=torch.float32, device=tensor.device), WHOLE, None)
+
+    # --- states -----------------------------------------------------------------------------------------------------
+
+    def _initialized(self, param: Tensor) -> State:
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = 0
+        for name, role in self.roles.items():
+            if name not in state:
+                zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+                state[name] = self.stored(param, zeros, role)
+        if "master_weight" not in state and self._keeps_master(param):
+            state["master_weight"] = self.stored(param, real(param), Role.MASTER_WEIGHT)
+        return state
+
+    def _keeps_master(self, param: Tensor) -> bool:
+        return isinstance(param, ScalingTensor) and self.policy.parameter is not Role.MASTER_WEIGHT
+
+    def stored(self, param: Tensor, value: Tensor, role: Role) -> Tensor:
+        """A state of ``param`` as it is kept: per the policy for a converted matrix, plain FP32 for anything else."""
+        rule: Rule = self.policy[role]
+        if not isinstance(param, ScalingTensor) or not (rule.format.scaled or rule.format.bytes < 4):
+            return value.detach().float().clone()
+        return quantize(value.detach().float(), rule)
+
+    def adopt(self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None) -> None:
+        """Take over the states of an optimizer that has stepped, and the master of a weight that is now stored."""
+        # torch's SGD counts no steps, but its buffer says that there was one
+        taken: State = {"step": int(states.get("step", 1 if states else 0))}
+        for name, role in self.roles.items():
+            if states.get(name) is not None:
+                taken[name] = self.stored(param, states[name], role)
+        if original is not None and self._keeps_master(param):
+            taken["master_weight"] = self.stored(param, original, Role.MASTER_WEIGHT)
+        self.state[param].update(taken)
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict and what else a resume needs; the tensors are those of the optimizer, not copies."""
+        return {**super().state_dict(), "seed": self.seed, "skipped_steps": self.skipped_steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a saved state, bit for bit; also from a torch optimizer's, whose states are then stored as
+        ours.
+
+        Unlike torch's own method it never casts a state to the parameter's dtype: a second moment of 1e-9 would be 0.
+        """
+        groups, saved = self.param_groups, state_dict["param_groups"]
+        sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved))
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"a saved optimizer state must have the same parameter groups, got sizes {saved_sizes} for {sizes}; "
+                "build the optimizer as it was when the state was saved"
+            )
+        for group, old in zip(groups, saved, strict=True):
+            group.update({key: value for key, value in old.items() if key != "params"})
+        index_of = [index for old in saved for index in old["params"]]
+        self.state.clear()
+        for (param, _), index in zip(self._parameters(), index_of, strict=True):
+            if index in state_dict["state"]:
+                self._load_parameter(param, state_dict["state"][index])
+        self.seed = int(state_dict.get("seed", self.seed))
+        self.skipped_steps = int(state_dict.get("skipped_steps", 0))
+
+    def _load_parameter(self, param: Tensor, saved: Mapping[str, Any]) -> None:
+        state: State = {"step": int(saved["step"])}
+        for name, role in (*self.roles.items(), ("master_weight", Role.MASTER_WEIGHT)):
+            value = saved.get(name)
+            if value is None or (name == "master_weight" and not self._keeps_master(param)):
+                continue
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"the state {name!r} of a parameter must have its shape {tuple(param.shape)}, got "
+                    f"{tuple(value.shape)}; the checkpoint is of another model"
+                )
+            fresh = self.stored(param, torch.zeros(param.shape, device=param.device), role)
+            fresh.copy_(value)
+            state[name] = fresh
+        self.state[param] = state
