@@ -28,13 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": set(_CORE),
     "comm": set(_CORE),
     "checkpoint": set(_CORE),
-    "amp": {*_CORE, "optim", "comm", "checkpoint"},
+    "amp": {*_CORE, "optim", "comm", "checkpoint", "telemetry"},
     "telemetry": set(_CORE),
     "integrations": set(_ENGINE),
     "models": set(),
 }
 MAY_IMPORT_ANYTHING = {"", "launchers", "cli", "doctor"}  # "" is msamp_like/__init__.py, the public names
-KNOWS_DISTRIBUTED = {"comm", "scaling", "integrations", "launchers", "cli", "doctor"}
+KNOWS_DISTRIBUTED = {"amp", "comm", "integrations", "launchers", "cli", "doctor"}
 HOSTS = {"accelerate", "apex", "deepspeed", "lightning", "megatron", "transformer_engine", "transformers", "trl"}
 MAX_LINES = 400
 MAX_LINES_OF_A_MODEL = 700
