@@ -1,0 +1,239 @@
+"""Kernels on plain tensors, picked by device.
+
+:mod:`.reference` is the definition, and what runs on a device without a twin. On the CPU :mod:`.cpu` gives the same bytes
+if its library was built, on CUDA and ROCm the ``triton_*`` files do. Every function is a torch custom op
+(``torch.ops.msamp_like``), so that torch.compile and FakeTensor see its shapes and never its inside; the functions here
+have the signatures of the reference and flatten its named tuples into an op's arguments.
+
+Results are contiguous whatever the strides of the input. No op has a derivative: casts are wrapped where gradients are
+defined.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msamp_like.formats import Block, Format, format_of, grid_shape
+from msamp_like.kernels import cpu, reference
+from msamp_like.kernels.reference import AdamScalars, Noise, Operand, adam_update
+
+__all__ = [
+    "AdamScalars",
+    "Noise",
+    "Operand",
+    "adam_step_",
+    "adam_update",
+    "amax",
+    "dequantize",
+    "quantize",
+    "quantize_amax",
+    "quantize_current",
+    "scale_inv_from_amax",
+    "scaled_matmul",
+    "store_",
+]
+
+_OPERAND = "Tensor{a} {n}, Tensor{b} {n}_scale_inv, int[2] {n}_block, SymInt[]? {n}_noise"
+_SCHEMAS = (
+    "amax(Tensor x, int[2] block) -> Tensor",
+    "scale_inv_from_amax(Tensor amax, ScalarType dtype, int margin, bool power_of_two) -> Tensor",
+    "quantize(Tensor x, Tensor scale_inv, ScalarType dtype, int[2] block, SymInt[]? noise) -> Tensor",
+    "quantize_amax(Tensor x, Tensor scale_inv, ScalarType dtype, int[2] block) -> (Tensor, Tensor)",
+    "quantize_current(Tensor x, ScalarType dtype, int[2] block, int margin, bool power_of_two)"
+    " -> (Tensor, Tensor, Tensor)",
+    "dequantize(Tensor payload, Tensor scale_inv, int[2] block, ScalarType dtype) -> Tensor",
+    "scaled_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
+    " str layout, ScalarType dtype) -> Tensor",
+    f"store_({_OPERAND.format(n='target', a='(a!)', b='(b!)')}, Tensor value) -> ()",
+    f"adam_step_({_OPERAND.format(n='param', a='(a!)', b='(b!)')}, Tensor grad, Tensor grad_scale_inv, int[2] grad_block,"
+    f" {_OPERAND.format(n='first', a='(c!)', b='(d!)')}, {_OPERAND.format(n='second', a='(e!)', b='(f!)')},"
+    " float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, SymInt step) -> ()",
+)
+
+_LIBRARY = torch.library.Library("msamp_like", "DEF")
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_OPS = torch.ops.msamp_like
+
+
+# --- the functions --------------------------------------------------------------------------------------------------
+
+
+def amax(x: Tensor, block: Block) -> Tensor:
+    """See :func:`.reference.amax`."""
+    return _OPS.amax.default(x, block)
+
+
+def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_two: bool = True) -> Tensor:
+    """See :func:`.reference.scale_inv_from_amax`."""
+    return _OPS.scale_inv_from_amax.default(amax, format.dtype, margin, power_of_two)
+
+
+def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: Noise | None = None) -> Tensor:
+    """See :func:`.reference.quantize`."""
+    return _OPS.quantize.default(x, scale_inv, format.dtype, block, noise)
+
+
+def quantize_amax(x: Tensor, scale_inv: Tensor, format: Format, block: Block) -> tuple[Tensor, Tensor]:
+    """See :func:`.reference.quantize_amax`."""
+    return _OPS.quantize_amax.default(x, scale_inv, format.dtype, block)
+
+
+def quantize_current(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`.reference.quantize_current`."""
+    return _OPS.quantize_current.default(x, format.dtype, block, margin, power_of_two)
+
+
+def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """See :func:`.reference.dequantize`."""
+    return _OPS.dequantize.default(payload, scale_inv, block, dtype)
+
+
+def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:
+    """See :func:`.reference.scaled_matmul`; the order of the sum is the device's, so the last bits may differ."""
+    return _OPS.scaled_matmul.default(*a[:3], *b[:3], layout, dtype)
+
+
+def store_(target: Operand, value: Tensor) -> None:
+    """See :func:`.reference.store_`."""
+    _OPS.store_.default(*target, value)
+
+
+def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
+    """See :func:`.reference.adam_step_`."""
+    _OPS.adam_step_.default(*param, *grad[:3], *first, *second, *scalars)
+
+
+# --- which twin -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _on_cpu(name: str) -> ModuleType:
+    return cpu if cpu.available() else reference
+
+
+@functools.cache
+def _on_cuda(name: str) -> ModuleType:
+    """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
+    file = {"adam_step_": "triton_adam", "scaled_matmul": "cuda"}.get(name, "triton_casts")
+    if importlib.util.find_spec("triton") is None:
+        return reference
+    twin = importlib.import_module(f"msamp_like.kernels.{file}")
+    return twin if hasattr(twin, name) else reference
+
+
+def _elsewhere(name: str) -> ModuleType:
+    return reference
+
+
+class _Device:
+    """The ops on one kind of device: flat arguments back into named tuples, then the twin that ``pick`` names.
+
+    Inputs are made contiguous here, once for all twins: so results have one layout on every device.
+    """
+
+    def __init__(self, pick: Callable[[str], Any]) -> None:
+        self.pick = pick
+
+    def amax(self, x: Tensor, block: list[int]) -> Tensor:
+        return self.pick("amax").amax(x.contiguous(), _block(block))
+
+    def scale_inv_from_amax(self, amax: Tensor, dtype: torch.dtype, margin: int, power_of_two: bool) -> Tensor:
+        twin = self.pick("scale_inv_from_amax")
+        return twin.scale_inv_from_amax(amax.contiguous(), format_of(dtype), margin, power_of_two)
+
+    def quantize(
+        self, x: Tensor, scale_inv: Tensor, dtype: torch.dtype, block: list[int], noise: list[int] | None
+    ) -> Tensor:
+        twin = self.pick("quantize")
+        return twin.quantize(x.contiguous(), scale_inv, format_of(dtype), _block(block), _noise(noise))
+
+    def quantize_amax(
+        self, x: Tensor, scale_inv: Tensor, dtype: torch.dtype, block: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        twin = self.pick("quantize_amax")
+        return twin.quantize_amax(x.contiguous(), scale_inv, format_of(dtype), _block(block))
+
+    def quantize_current(
+        self, x: Tensor, dtype: torch.dtype, block: list[int], margin: int, power_of_two: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        twin = self.pick("quantize_current")
+        return twin.quantize_current(x.contiguous(), format_of(dtype), _block(block), margin, power_of_two)
+
+    def dequantize(self, payload: Tensor, scale_inv: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
+        return self.pick("dequantize").dequantize(payload.contiguous(), scale_inv, _block(block), dtype)
+
+    def scaled_matmul(self, *arguments: Any) -> Tensor:
+        a, b = _operand(*arguments[:3], None), _operand(*arguments[3:6], None)
+        return self.pick("scaled_matmul").scaled_matmul(a, b, *arguments[6:])
+
+    def store_(self, *arguments: Any) -> None:
+        self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
+
+    def adam_step_(self, *arguments: Any) -> None:
+        param, grad = _operand(*arguments[:4]), _operand(*arguments[4:7], None)
+        first, second = _operand(*arguments[7:11]), _operand(*arguments[11:15])
+        self.pick("adam_step_").adam_step_(param, grad, first, second, AdamScalars(*arguments[15:]))
+
+
+def _block(block: list[int]) -> Block:
+    return block[0], block[1]
+
+
+def _noise(noise: list[int] | None) -> Noise | None:
+    return None if noise is None else Noise(*noise)
+
+
+def _operand(payload: Tensor, scale_inv: Tensor, block: list[int], noise: list[int] | None) -> Operand:
+    return Operand(payload, scale_inv, _block(block), _noise(noise))
+
+
+# --- shapes, for torch.compile and FakeTensor -----------------------------------------------------------------------
+
+
+def _empty_payload(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _empty_grid(x: Tensor, block: list[int]) -> Tensor:
+    return torch.empty(grid_shape(x.shape, _block(block)), dtype=torch.float32, device=x.device)
+
+
+def _empty_product(
+    a: Tensor, a_scale_inv: Tensor, a_block: list[int], b: Tensor, b_scale_inv: Tensor, b_block: list[int],
+    layout: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    left, right = reference.transposed(a, layout[0]), reference.transposed(b, layout[1])
+    return torch.empty((left.shape[0], right.shape[1]), dtype=dtype, device=a.device)
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "amax": _empty_grid,
+    "scale_inv_from_amax": lambda amax, dtype, margin, power_of_two: torch.empty(
+        amax.shape, dtype=torch.float32, device=amax.device
+    ),
+    "quantize": lambda x, scale_inv, dtype, block, noise: _empty_payload(x, dtype),
+    "quantize_amax": lambda x, scale_inv, dtype, block: (_empty_payload(x, dtype), _empty_grid(x, block)),
+    "quantize_current": lambda x, dtype, block, margin, power_of_two: (
+        _empty_payload(x, dtype), _empty_grid(x, block), _empty_grid(x, block)
+    ),  # fmt: skip
+    "dequantize": lambda payload, scale_inv, block, dtype: _empty_payload(payload, dtype),
+    "scaled_matmul": _empty_product,
+    "store_": lambda *arguments: None,
+    "adam_step_": lambda *arguments: None,
+}
+
+for _name, _shape in _SHAPES.items():
+    for _key, _pick in (("CPU", _on_cpu), ("CUDA", _on_cuda), ("CompositeExplicitAutograd", _elsewhere)):
+        _LIBRARY.impl(_name, getattr(_Device(_pick), _name), _key)
+    torch.library.register_fake(f"msamp_like::{_name}", _shape, lib=_LIBRARY)

@@ -1,0 +1,331 @@
+// The CPU twin of reference.py: the same bytes, at the speed of memory.
+//
+// A plain C interface, loaded by cpu.py through ctypes. The kernels stand in cpu_kernels.h and are compiled three times:
+// AVX-512, AVX2 with F16C, and whatever the compiler's baseline is; the processor picks one when the library is loaded.
+// OpenMP is used but not linked: cpu.py makes the runtime that torch already brought visible first, so that one pool of
+// threads serves both.
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum Type { FP32, BF16, FP16, E4M3, E5M2, TYPES };
+constexpr int64_t SIZE[TYPES] = {4, 2, 2, 1, 1};
+constexpr int64_t TILE = 2048;                   // elements worked on at a time where values are staged in the L1 cache
+constexpr int64_t ELEMENTS_PER_THREAD = 32768;   // below that, waking a thread costs more than it saves
+constexpr uint32_t INFINITE = 0x7f800000;
+
+constexpr int32_t largest_bits(int type) {
+    constexpr int32_t bits[TYPES] = {0x7f7fffff, 0x7f7f0000, 0x477fe000, 0x43e00000, 0x47600000};
+    return bits[type];
+}
+
+template <int Format>
+struct Spec {
+    static constexpr int32_t largest = largest_bits(Format);
+    static constexpr int mantissa = Format == FP32 ? 23 : Format == BF16 ? 7 : Format == FP16 ? 10 : Format == E4M3 ? 3 : 2;
+    static constexpr int smallest_field = Format == E4M3 ? 121 : Format == FP32 || Format == BF16 ? 1 : 113;
+    static constexpr float step = Format == E4M3 ? 0x1p-9f : 0x1p-16f;  // of the subnormals of the 8-bit formats
+    // Below this exponent field, 2^-(bits of a step) would leave FP32: BF16 values under 2^-119 share one step.
+    static constexpr int stochastic_field = smallest_field > mantissa ? smallest_field : mantissa + 1;
+};
+
+inline int32_t float_bits(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline double exp2_of(int exponent) {
+    const uint64_t bits = (uint64_t)(1023 + exponent) << 52;
+    double value;
+    memcpy(&value, &bits, 8);
+    return value;
+}
+
+inline bool finite(float value) { return (float_bits(value) & 0x7fffffffu) < INFINITE; }
+
+// Magnitudes compare as their bits do, and a NaN compares above infinity: so a maximum of bits cannot lose one.
+inline void raise_to(uint32_t* target, uint32_t value) {
+    uint32_t current = __atomic_load_n(target, __ATOMIC_RELAXED);
+    while (value > current &&
+           !__atomic_compare_exchange_n(target, &current, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+}
+
+struct Run {
+    int64_t end, block;
+};
+
+// A tensor's blocks. Where one block spans the columns its rows are contiguous, so it is seen as a single long row.
+struct Grid {
+    int64_t numel, columns, block_rows, block_columns, grid_columns;
+
+    Grid(int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns)
+        : numel(rows * columns), columns(columns), block_rows(block_rows), block_columns(block_columns) {
+        grid_columns = (columns + block_columns - 1) / block_columns;
+        if (grid_columns == 1) {
+            this->columns = this->block_columns = columns * block_rows;
+            this->block_rows = 1;
+        }
+    }
+
+    int64_t blocks() const {
+        const int64_t rows = (numel + columns - 1) / columns;
+        return (rows + block_rows - 1) / block_rows * grid_columns;
+    }
+
+    // The longest run from `start` that stays in one block, is contiguous and ends at `high` at the latest.
+    Run run(int64_t start, int64_t high) const {
+        const int64_t row = start / columns, column = start - row * columns, block = column / block_columns;
+        const int64_t stop = (block + 1) * block_columns;
+        const int64_t end = row * columns + (stop < columns ? stop : columns);
+        return {end < high ? end : high, row / block_rows * grid_columns + block};
+    }
+
+    // Where a block starts, if blocks are runs (block_rows 1).
+    int64_t start(int64_t block) const {
+        const int64_t row = block / grid_columns, first = row * columns + (block - row * grid_columns) * block_columns;
+        return first < numel ? first : numel;
+    }
+};
+
+// reference.scale_inv_from_amax
+struct Rule {
+    int format, margin = 0;
+    bool power_of_two = true;
+
+    float scale_inv(uint32_t amax) const {
+        if (amax >= INFINITE) return float_of(INFINITE);
+        if (format == FP32 || format == BF16 || amax == 0) return 1.0f;
+        const uint32_t limit = largest_bits(format);
+        if (power_of_two) {
+            int exponent = (int)(limit >> 23) - (int)(amax >> 23) - margin - ((amax & 0x7fffff) > (limit & 0x7fffff));
+            exponent = exponent > 126 ? 126 : exponent < -126 ? -126 : exponent;
+            return float_of((uint32_t)(127 - exponent) << 23);
+        }
+        const float ratio = float_of(amax) / (float)((double)float_of(limit) / exp2_of(margin));
+        return ratio < 0x1p-126f ? 0x1p-126f : ratio > 0x1p126f ? 0x1p126f : ratio;
+    }
+};
+
+struct Noise {
+    uint32_t seed, tensor, step, role;
+};
+
+struct Cast {
+    Grid grid;
+    int in, out;
+    const uint8_t* from;
+    uint8_t* to;
+    float* scale_inv;
+    uint32_t* amax;      // bits of FP32; null if not asked for
+    const Noise* noise;  // null: to nearest even
+    Rule rule;
+};
+
+struct AdamScalars {
+    float shrink;  // 1 - lr * weight_decay
+    float weight_decay, beta1, rest1, beta2, rest2, eps;
+    float correction2;  // sqrt(1 - beta2^step)
+    float rate;         // lr / (1 - beta1^step)
+    int32_t decoupled;
+};
+
+struct Stored {
+    uint8_t* payload;
+    float* scale_inv;
+    const Noise* noise;
+    int32_t type, per_tile;  // per_tile 0: one scale for the whole tensor
+    float next_scale_inv;    // of a whole tensor, while it is written
+    uint32_t amax;           // of the new values, bits
+};
+
+struct Adam {
+    Grid grid;
+    Stored* stored;  // param, first, second, grad
+    AdamScalars scalars;
+};
+
+struct Kernels {
+    void (*amax)(const Cast&, int64_t, int64_t);
+    void (*quantize)(const Cast&, int64_t, int64_t);
+    void (*quantize_current)(const Cast&, int64_t, int64_t);
+    void (*dequantize)(const Cast&, int64_t, int64_t);
+    void (*adam)(Adam&, int64_t, int64_t, bool);
+};
+
+#define ISA baseline
+#define LANES 4
+#include "cpu_kernels.h"
+#undef ISA
+#undef LANES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_VARIANTS 1
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#define ISA avx2
+#define LANES 8
+#include "cpu_kernels.h"
+#undef ISA
+#undef LANES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,prefer-vector-width=512")
+#define ISA avx512
+#define LANES 16
+#include "cpu_kernels.h"
+#undef ISA
+#undef LANES
+#pragma GCC pop_options
+#endif
+
+enum Simd { SIMD_BASELINE, SIMD_AVX2, SIMD_AVX512 };
+
+int best_simd() {
+#ifdef HAS_VARIANTS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi"))
+        return SIMD_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return SIMD_AVX2;
+#endif
+    return SIMD_BASELINE;
+}
+
+const Kernels& kernels(int simd) {
+#ifdef HAS_VARIANTS
+    if (simd == SIMD_AVX512) return avx512::KERNELS;
+    if (simd == SIMD_AVX2) return avx2::KERNELS;
+#endif
+    (void)simd;
+    return baseline::KERNELS;
+}
+
+// Calls body(low, high) on `threads` parts of [0, total), cut at multiples of `unit`.
+template <typename Body>
+void in_parallel(int64_t total, int64_t numel, int64_t unit, int threads, const Body& body) {
+    const int64_t useful = 1 + numel / ELEMENTS_PER_THREAD;
+    const int parts = (int)(useful < threads ? useful : threads);
+    if (parts <= 1) return body(0, total);
+    const int64_t units = (total + unit - 1) / unit;
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+    for (int part = 0; part < parts; ++part) {
+        const int64_t low = units * part / parts * unit, high = units * (part + 1) / parts * unit;
+        body(low, high < total ? high : total);
+    }
+}
+
+template <typename Kernel>
+void cast_all(const Cast& cast, Kernel kernel, int threads) {
+    in_parallel(cast.grid.numel, cast.grid.numel, 128, threads,
+                [&](int64_t low, int64_t high) { kernel(cast, low, high); });
+}
+
+// The same, never cutting a block.
+template <typename Body>
+void over_blocks(const Grid& grid, int threads, const Body& body) {
+    in_parallel(grid.blocks(), grid.numel, 1, threads, [&](int64_t low, int64_t high) {
+        body(grid.start(low), high == grid.blocks() ? grid.numel : grid.start(high));
+    });
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// 0 baseline, 1 AVX2, 2 AVX-512: what this processor runs; every function below takes one of these up to that.
+EXPORT int msamp_simd() { return best_simd(); }
+
+EXPORT void msamp_amax(const uint8_t* x, int in, uint32_t* amax, int64_t rows, int64_t columns, int64_t block_rows,
+                       int64_t block_columns, int simd, int threads) {
+    Cast cast{{rows, columns, block_rows, block_columns}, in, FP32, x, nullptr, nullptr, amax, nullptr, {FP32}};
+    memset(amax, 0, cast.grid.blocks() * 4);
+    cast_all(cast, kernels(simd).amax, threads);
+}
+
+EXPORT void msamp_scale_inv(const uint32_t* amax, float* scale_inv, int64_t blocks, int format, int margin,
+                            int power_of_two) {
+    const Rule rule{format, margin, power_of_two != 0};
+    for (int64_t block = 0; block < blocks; ++block) scale_inv[block] = rule.scale_inv(amax[block] & 0x7fffffff);
+}
+
+// 1 if every scale is a power of two or a flag.
+EXPORT int msamp_powers_of_two(const uint32_t* scale_inv, int64_t blocks) {
+    uint32_t mantissas = 0;
+    for (int64_t block = 0; block < blocks; ++block) mantissas |= scale_inv[block] & 0x7fffff;
+    return mantissas == 0;
+}
+
+// quantize, or quantize_amax where `amax` is not null.
+EXPORT void msamp_quantize(const uint8_t* x, int in, float* scale_inv, uint8_t* payload, int out, uint32_t* amax,
+                           const Noise* noise, int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns,
+                           int simd, int threads) {
+    Cast cast{{rows, columns, block_rows, block_columns}, in, out, x, payload, scale_inv, amax, noise, {out}};
+    if (amax) memset(amax, 0, cast.grid.blocks() * 4);
+    cast_all(cast, kernels(simd).quantize, threads);
+}
+
+EXPORT void msamp_quantize_current(const uint8_t* x, int in, float* scale_inv, uint8_t* payload, int out, uint32_t* amax,
+                                   const Noise* noise, int margin, int power_of_two, int64_t rows, int64_t columns,
+                                   int64_t block_rows, int64_t block_columns, int simd, int threads) {
+    Cast cast{{rows, columns, block_rows, block_columns}, in, out, x, payload, scale_inv, amax, noise,
+              {out, margin, power_of_two != 0}};
+    const Kernels& chosen = kernels(simd);
+    if (cast.grid.block_rows == 1 && cast.grid.block_columns <= 2 * TILE) {
+        over_blocks(cast.grid, threads, [&](int64_t low, int64_t high) { chosen.quantize_current(cast, low, high); });
+        return;
+    }
+    const int64_t blocks = cast.grid.blocks();
+    memset(amax, 0, blocks * 4);
+    cast_all(cast, chosen.amax, threads);
+    for (int64_t block = 0; block < blocks; ++block) scale_inv[block] = cast.rule.scale_inv(amax[block]);
+    cast.amax = nullptr;
+    cast_all(cast, chosen.quantize, threads);
+}
+
+EXPORT void msamp_dequantize(const uint8_t* payload, int in, float* scale_inv, uint8_t* real, int out, int64_t rows,
+                             int64_t columns, int64_t block_rows, int64_t block_columns, int simd, int threads) {
+    Cast cast{{rows, columns, block_rows, block_columns}, in, out, payload, real, scale_inv, nullptr, nullptr, {out}};
+    cast_all(cast, kernels(simd).dequantize, threads);
+}
+
+// `stored` is param, first, second, grad. Tiles are (1, tile); an operand has one scale a tile or one in all.
+EXPORT void msamp_adam(Stored* stored, const AdamScalars* scalars, int64_t rows, int64_t columns, int64_t tile, int simd,
+                       int threads) {
+    Adam adam{{rows, columns, 1, tile}, stored, *scalars};
+    bool scales_unknown = false;
+    for (int k = 0; k < 3; ++k) {
+        stored[k].next_scale_inv = 1.0f;
+        scales_unknown |= !stored[k].per_tile && stored[k].type != FP32 && stored[k].type != BF16;
+    }
+    const auto pass = [&](bool write) {
+        for (int k = 0; k < 3; ++k) stored[k].amax = 0;
+        over_blocks(adam.grid, threads,
+                    [&](int64_t low, int64_t high) { kernels(simd).adam(adam, low, high, write); });
+    };
+    if (scales_unknown) {
+        pass(false);
+        for (int k = 0; k < 3; ++k) stored[k].next_scale_inv = Rule{stored[k].type}.scale_inv(stored[k].amax);
+    }
+    pass(true);
+    for (int k = 0; k < 3; ++k)
+        if (!stored[k].per_tile) {
+            *stored[k].scale_inv = Rule{stored[k].type}.scale_inv(stored[k].amax);
+            // Without a scale nothing had to be known before writing, so only now is it seen that the tensor is flagged.
+            if (!finite(*stored[k].scale_inv)) memset(stored[k].payload, 0, adam.grid.numel * SIZE[stored[k].type]);
+        }
+}

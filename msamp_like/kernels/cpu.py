@@ -1,0 +1,373 @@
+"""The CPU twin: loads ``cpu.cpp``'s library and calls it on tensors, with the signatures of :mod:`.reference`.
+
+The library is optional. Where it was not built or cannot be loaded, :func:`status` says why and the reference runs. It
+uses OpenMP without bringing a runtime: torch's own is made visible before loading, so both share one pool of threads.
+
+Where a case has no fast path (float64 input, an Adam step over two-dimensional blocks) the functions here call the
+reference themselves: the result is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import functools
+import importlib.machinery
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from msamp_like.formats import FP8_DTYPES, Block, Format, block_extent, grid_shape, matrix_shape
+from msamp_like.kernels import reference
+from msamp_like.kernels.reference import AdamScalars, Noise, Operand
+
+_TYPES = {  # the order of enum Type in cpu.cpp
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
+_REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SIMD_NAMES = ("baseline", "AVX2", "AVX-512")
+_TILE = 2048  # the longest run of cpu.cpp that an Adam step holds in the cache
+_MASK = 0xFFFFFFFF
+
+
+class NativeStatus(NamedTuple):
+    """Whether the native kernels run, else why not; and which instruction set they use."""
+
+    loaded: bool
+    reason: str
+    simd: str
+
+
+class _Noise(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in Noise._fields]
+
+
+class _Scalars(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("shrink", "weight_decay", "beta1", "rest1", "beta2", "rest2", "eps")),
+        *((name, ctypes.c_float) for name in ("correction2", "rate")),
+        ("decoupled", ctypes.c_int32),
+    ]
+
+
+class _Stored(ctypes.Structure):
+    _fields_ = [
+        ("payload", ctypes.c_void_p),
+        ("scale_inv", ctypes.c_void_p),
+        ("noise", ctypes.POINTER(_Noise)),
+        ("type", ctypes.c_int32),
+        ("per_tile", ctypes.c_int32),
+        ("next_scale_inv", ctypes.c_float),
+        ("amax", ctypes.c_uint32),
+    ]
+
+
+# --- the library ----------------------------------------------------------------------------------------------------
+
+
+class _Native:
+    """The loaded library; ``simd`` is the instruction set its kernels use, at most what the processor has."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        shape, how = (size, size, size, size), (integer, integer)
+        signatures = {
+            "msamp_amax": (pointer, integer, pointer, *shape, *how),
+            "msamp_scale_inv": (pointer, pointer, size, integer, integer, integer),
+            "msamp_powers_of_two": (pointer, size),
+            "msamp_quantize": (pointer, integer, pointer, pointer, integer, pointer, pointer, *shape, *how),
+            "msamp_quantize_current": (
+                *(pointer, integer, pointer, pointer, integer, pointer, pointer, integer, integer),
+                *(*shape, *how),
+            ),
+            "msamp_dequantize": (pointer, integer, pointer, pointer, integer, *shape, *how),
+            "msamp_adam": (pointer, pointer, size, size, size, *how),
+        }
+        for name, arguments in signatures.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        library.msamp_powers_of_two.restype = integer
+        self.amax = library.msamp_amax
+        self.scale_inv = library.msamp_scale_inv
+        self.powers_of_two = library.msamp_powers_of_two
+        self.quantize = library.msamp_quantize
+        self.quantize_current = library.msamp_quantize_current
+        self.dequantize = library.msamp_dequantize
+        self.adam = library.msamp_adam
+        self.simd: int = library.msamp_simd()
+
+
+def status() -> NativeStatus:
+    """What :func:`native` found; loads the library on the first call."""
+    native, reason = _load()
+    return NativeStatus(native is not None, reason, _SIMD_NAMES[native.simd] if native else "none")
+
+
+def available() -> bool:
+    """Whether the functions below may be called."""
+    return _load()[0] is not None
+
+
+@functools.cache
+def _load() -> tuple[_Native | None, str]:
+    folder = Path(__file__).parent
+    paths = [folder / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None, f"{folder} holds no _cpu library: it was installed without a C++ compiler; install again with one"
+    try:
+        for runtime in _openmp_runtimes():
+            ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+        return _Native(ctypes.CDLL(str(path))), str(path)
+    except (OSError, AttributeError) as error:  # AttributeError: a library built from other sources
+        return None, f"{path} cannot be loaded ({error}); install again with the compiler of this machine"
+
+
+def _openmp_runtimes() -> list[str]:
+    """The OpenMP runtime that this process, hence torch, has loaded; else the system's."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    files = {line.split(maxsplit=5)[5] for line in lines if line.count("/") > 0}
+    loaded = sorted(file for file in files if Path(file).name.startswith(("libgomp", "libiomp5", "libomp")))
+    beside_torch = sorted(str(file) for file in (Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    system = ctypes.util.find_library("gomp") if not (loaded or beside_torch) else None
+    return loaded[:1] or beside_torch[:1] or ([system] if system else [])
+
+
+def _native() -> _Native:
+    native, reason = _load()
+    if native is None:
+        raise RuntimeError(f"the native kernels are not loaded: {reason}; call kernels.reference instead")
+    return native
+
+
+# --- casts ----------------------------------------------------------------------------------------------------------
+
+
+def _geometry(shape: torch.Size, block: Block) -> tuple[int, int, int, int]:
+    return (*matrix_shape(shape), *block_extent(shape, block))
+
+
+def _noise(noise: Noise | None) -> _Noise | None:
+    return None if noise is None else _Noise(*(word & _MASK for word in noise))
+
+
+def _has_fast_path(x: Tensor) -> bool:
+    return x.dtype in _REAL_DTYPES and x.numel() > 0
+
+
+def _scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
+    """``scale_inv`` as the library reads it: FP32, contiguous, one entry a block."""
+    if scale_inv.shape != grid_shape(shape, block) or scale_inv.dtype != torch.float32:
+        raise ValueError(
+            f"scale_inv of a tensor of shape {tuple(shape)} in blocks {block} must be FP32 of shape "
+            f"{grid_shape(shape, block)}, got {scale_inv.dtype} of shape {tuple(scale_inv.shape)}"
+        )
+    return scale_inv.contiguous()
+
+
+def amax(x: Tensor, block: Block) -> Tensor:
+    """See :func:`.reference.amax`."""
+    if not _has_fast_path(x):
+        return reference.amax(x, block)
+    native, x = _native(), x.contiguous()
+    largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
+    native.amax(
+        x.data_ptr(), _TYPES[x.dtype], largest.data_ptr(), *_geometry(x.shape, block), native.simd, _threads()
+    )
+    return largest
+
+
+def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_two: bool = True) -> Tensor:
+    """See :func:`.reference.scale_inv_from_amax`."""
+    if amax.dtype != torch.float32:
+        return reference.scale_inv_from_amax(amax, format, margin, power_of_two)
+    amax = amax.contiguous()
+    scale_inv = torch.empty_like(amax)
+    _native().scale_inv(
+        amax.data_ptr(), scale_inv.data_ptr(), amax.numel(), _TYPES[format.dtype], margin, power_of_two
+    )
+    return scale_inv
+
+
+def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: Noise | None = None) -> Tensor:
+    """See :func:`.reference.quantize`."""
+    if not _has_fast_path(x):
+        return reference.quantize(x, scale_inv, format, block, noise)
+    return _quantize(x, scale_inv, format, block, noise, None)
+
+
+def quantize_amax(x: Tensor, scale_inv: Tensor, format: Format, block: Block) -> tuple[Tensor, Tensor]:
+    """See :func:`.reference.quantize_amax`; reads ``x`` once."""
+    if not _has_fast_path(x):
+        return reference.quantize_amax(x, scale_inv, format, block)
+    largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
+    return _quantize(x, scale_inv, format, block, None, largest), largest
+
+
+def _quantize(
+    x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: Noise | None, largest: Tensor | None
+) -> Tensor:
+    native, x, scale_inv = _native(), x.contiguous(), _scales(scale_inv, x.shape, block)
+    payload = torch.empty(x.shape, dtype=format.dtype)
+    native.quantize(
+        *(x.data_ptr(), _TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), _TYPES[format.dtype]),
+        *(None if largest is None else largest.data_ptr(), _address(_noise(noise))),
+        *(*_geometry(x.shape, block), native.simd, _threads()),
+    )
+    return payload
+
+
+def quantize_current(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`.reference.quantize_current`; reads ``x`` once where a block is a run of at most 4096 elements."""
+    if not _has_fast_path(x):
+        return reference.quantize_current(x, format, block, margin, power_of_two)
+    payload = torch.empty(x.shape, dtype=format.dtype)
+    scale_inv = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
+    return payload, scale_inv, _quantize_current(payload, scale_inv, block, None, x, format, margin, power_of_two)
+
+
+def store_(target: Operand, value: Tensor) -> None:
+    """See :func:`.reference.store_`; writes in place."""
+    if not _has_fast_path(value) or not (target.payload.is_contiguous() and target.scale_inv.is_contiguous()):
+        return reference.store_(target, value)
+    _scales(target.scale_inv, value.shape, target.block)
+    format = reference.format_of(target.payload.dtype)
+    _quantize_current(target.payload, target.scale_inv, target.block, target.noise, value, format, 0, True)
+    return None
+
+
+def _quantize_current(
+    payload: Tensor,
+    scale_inv: Tensor,
+    block: Block,
+    noise: Noise | None,
+    x: Tensor,
+    format: Format,
+    margin: int,
+    power_of_two: bool,
+) -> Tensor:
+    native, x = _native(), x.contiguous()
+    largest = torch.empty_like(scale_inv)
+    native.quantize_current(
+        *(x.data_ptr(), _TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), _TYPES[format.dtype]),
+        *(largest.data_ptr(), _address(_noise(noise)), margin, power_of_two),
+        *(*_geometry(x.shape, block), native.simd, _threads()),
+    )
+    return largest
+
+
+def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """See :func:`.reference.dequantize`."""
+    if payload.numel() == 0 or dtype not in _REAL_DTYPES:
+        return reference.dequantize(payload, scale_inv, block, dtype)
+    native, payload, scale_inv = _native(), payload.contiguous(), _scales(scale_inv, payload.shape, block)
+    real = torch.empty(payload.shape, dtype=dtype)
+    native.dequantize(
+        *(payload.data_ptr(), _TYPES[payload.dtype], scale_inv.data_ptr(), real.data_ptr(), _TYPES[dtype]),
+        *(*_geometry(payload.shape, block), native.simd, _threads()),
+    )
+    return real
+
+
+def _address(noise: _Noise | None) -> ctypes.c_void_p | None:
+    return None if noise is None else ctypes.cast(ctypes.pointer(noise), ctypes.c_void_p)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:
+    """See :func:`.reference.scaled_matmul`; multiplies in BF16 with FP32 accumulation where that loses nothing.
+
+    An 8-bit value has at most 4 significant bits and a power of two none, so payload * scale_inv is exact in BF16 (down
+    to 2^-133, the end of BF16). Operands of any other kind, and a product that is to be returned in FP32, which torch
+    offers on CPU for FP32 operands only, are multiplied in FP32.
+    """
+    exact = dtype != torch.float32 and _multiplies_bf16() and _exact_in_bf16(a) and _exact_in_bf16(b)
+    read_as = torch.bfloat16 if exact else torch.float32
+    left = dequantize(a.payload, a.scale_inv, a.block, read_as)
+    right = dequantize(b.payload, b.scale_inv, b.block, read_as)
+    return (reference.transposed(left, layout[0]) @ reference.transposed(right, layout[1])).to(dtype)
+
+
+def _exact_in_bf16(operand: Operand) -> bool:
+    scale_inv = operand.scale_inv.contiguous()
+    return operand.payload.dtype in (*FP8_DTYPES, torch.bfloat16) and bool(
+        _native().powers_of_two(scale_inv.data_ptr(), scale_inv.numel())
+    )
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+# --- optimizer updates ----------------------------------------------------------------------------------------------
+
+
+def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
+    """See :func:`.reference.adam_step_`; one pass over the bytes, bit-equal.
+
+    Fast where every operand has one scale, or one for each run of the same length of at most 2048 elements. An FP16 or
+    8-bit operand with one scale for all costs a second pass: its scale must be known before it is written.
+    """
+    tile = _common_tile((param, first, second, grad))
+    if tile is None:
+        return reference.adam_step_(param, grad, first, second, scalars)
+    native = _native()
+    grad = grad._replace(payload=grad.payload.contiguous(), scale_inv=grad.scale_inv.contiguous())
+    noises = [_noise(operand.noise) for operand in (param, first, second, grad)]
+    stored = (_Stored * 4)(
+        *(_stored(operand, noise) for operand, noise in zip((param, first, second, grad), noises, strict=True))
+    )
+    # With one scale each the rows mean nothing, and one long row makes full tiles.
+    blocks = max(operand.scale_inv.numel() for operand in (param, first, second, grad))
+    rows, columns = matrix_shape(param.payload.shape) if blocks > 1 else (1, param.payload.numel())
+    s = scalars
+    native.adam(
+        ctypes.byref(stored),
+        ctypes.byref(
+            _Scalars(
+                *(1 - s.lr * s.weight_decay, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.eps),
+                *((1 - s.beta2**s.step) ** 0.5, s.lr / (1 - s.beta1**s.step), s.decoupled),
+            )
+        ),
+        *(rows, columns, tile, native.simd, _threads()),
+    )
+    return None
+
+
+def _common_tile(operands: tuple[Operand, ...]) -> int | None:
+    """Elements in the tiles of a fused step, or None where the operands' blocks have no tile in common."""
+    contiguous = all(t.payload.is_contiguous() and t.scale_inv.is_contiguous() for t in operands[:3])
+    if operands[0].payload.numel() == 0 or not contiguous:
+        return None
+    tiles = set()
+    for operand in operands:
+        _scales(operand.scale_inv, operand.payload.shape, operand.block)
+        if operand.scale_inv.numel() > 1:
+            tiles.add(block_extent(operand.payload.shape, operand.block))
+    if not tiles:
+        return _TILE
+    (block_rows, tile), *others = tiles
+    return tile if not others and block_rows == 1 and tile <= _TILE else None
+
+
+def _stored(operand: Operand, noise: _Noise | None) -> _Stored:
+    return _Stored(
+        *(operand.payload.data_ptr(), operand.scale_inv.data_ptr(), None if noise is None else ctypes.pointer(noise)),
+        *(_TYPES[operand.payload.dtype], operand.scale_inv.numel() > 1),
+    )
