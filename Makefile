@@ -55,7 +55,7 @@ gpu: $(INSTALLED) ## GPU tests and benchmarks; skipped with a word where there i
 	    echo "make gpu: PyTorch sees no CUDA device here, nothing to run"; \
 	fi
 
-BENCHMARKS ?= $(filter-out benchmarks/gpu.py benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCHMARKS ?= $(filter-out benchmarks/gpu.py,$(shell grep -l __main__ benchmarks/*.py))
 bench: $(INSTALLED) ## every CPU figure of docs/results again (long); BENCHMARKS=benchmarks/x.py for one
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script; done
 

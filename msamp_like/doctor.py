@@ -8,6 +8,7 @@ a product's name.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from collections.abc import Mapping
@@ -120,6 +121,11 @@ def fp8_units(index: int) -> bool:
     return capability == (9, 5) or capability >= (12, 0)
 
 
+def processor() -> str:
+    """What the processor calls itself; a label for reports, nothing is decided by it."""
+    return _cpu_fields().get("model name", platform.processor() or platform.machine())
+
+
 def _versions() -> dict[str, str]:
     found = {"msamp_like": msamp_like.__version__, "python": platform.python_version()}
     for name in _VERSIONED:
@@ -137,7 +143,7 @@ def _cpu() -> Device:
     how = f"on {unit}" if unit else "without BF16 units, slow"
     return Device(
         name="cpu",
-        description=fields.get("model name", platform.processor() or platform.machine()),
+        description=processor(),
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         fp8_units=False,
         products=f"exact emulation: decoded to BF16, multiplied {how}",
@@ -172,10 +178,10 @@ def _level(policy: Policy, device: Device, native: NativeKernels) -> LevelHere:
         products = "FP8, native"
     else:
         products = "FP8, emulated exactly"
-    if device.name == "cpu" and native.loaded:
-        casts = f"native, {native.simd}"
+    if device.name == "cpu":
+        casts = f"native, {native.simd}" if native.loaded else "reference, plain torch"
     else:
-        casts = "reference, plain torch"
+        casts = "Triton" if importlib.util.find_spec("triton") else "reference, plain torch"
     return LevelHere(
         level=policy.name,
         device=device.name,
@@ -193,6 +199,8 @@ def _advice(native: NativeKernels, devices: tuple[Device, ...]) -> list[str]:
             f"native CPU kernels are off ({native.reason}): results are the same, casts and optimizer steps on the CPU "
             "are slower; install a C++ compiler and run pip install again"
         )
+    if len(devices) > 1 and importlib.util.find_spec("triton") is None:
+        advice.append("Triton is not installed: results are the same, the GPU's casts are slower; pip install triton")
     for device in devices[1:]:
         if not device.fp8_units:
             advice.append(f"{device.name} has no FP8 units: memory and wire bytes are saved, products are not faster")
