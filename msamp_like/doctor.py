@@ -196,8 +196,8 @@ def _advice(native: NativeKernels, devices: tuple[Device, ...]) -> list[str]:
     advice = []
     if not native.loaded:
         advice.append(
-            "without native CPU kernels results are the same, casts and optimizer steps on the CPU are slower; install a "
-            "C++ compiler and run pip install again"
+            "without native CPU kernels results are the same, casts and optimizer steps on the CPU are slower; "
+            "install a C++ compiler and run pip install again"
         )
     if len(devices) > 1 and importlib.util.find_spec("triton") is None:
         advice.append("Triton is not installed: results are the same, the GPU's casts are slower; pip install triton")
