@@ -3,8 +3,8 @@
 from setuptools import Extension, setup
 
 # A plain C interface, loaded through ctypes: no torch headers, so one build serves every version of torch. -fopenmp is
-# given to the compiler and not to the linker: torch's own OpenMP runtime resolves the symbols when the library is loaded
-# (kernels/cpu.py). -ffp-contract=off: a fused multiply-add rounds once where the reference rounds twice.
+# given to the compiler and not to the linker: torch's own OpenMP runtime resolves the symbols when the library is
+# loaded (kernels/cpu.py). -ffp-contract=off: a fused multiply-add rounds once where the reference rounds twice.
 NATIVE = Extension(
     "msamp_like.kernels._cpu",
     sources=["msamp_like/kernels/cpu.cpp"],

@@ -1,7 +1,7 @@
 """Kernels on plain tensors, picked by device.
 
-:mod:`.reference` is the definition, and what runs on a device without a twin. On the CPU :mod:`.cpu` gives the same bytes
-if its library was built, on CUDA and ROCm the ``triton_*`` files do. Every function is a torch custom op
+:mod:`.reference` is the definition, and what runs on a device without a twin. On the CPU :mod:`.cpu` gives the same
+bytes if its library was built, on CUDA and ROCm the ``triton_*`` files do. Every function is a torch custom op
 (``torch.ops.msamp_like``), so that torch.compile and FakeTensor see its shapes and never its inside; the functions here
 have the signatures of the reference and flatten its named tuples into an op's arguments.
 
@@ -41,7 +41,6 @@ __all__ = [
     "store_",
 ]
 
-_OPERAND = "Tensor{a} {n}, Tensor{b} {n}_scale_inv, int[2] {n}_block, SymInt[]? {n}_noise"
 _SCHEMAS = (
     "amax(Tensor x, int[2] block) -> Tensor",
     "scale_inv_from_amax(Tensor amax, ScalarType dtype, int margin, bool power_of_two) -> Tensor",
@@ -52,9 +51,12 @@ _SCHEMAS = (
     "dequantize(Tensor payload, Tensor scale_inv, int[2] block, ScalarType dtype) -> Tensor",
     "scaled_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
     " str layout, ScalarType dtype) -> Tensor",
-    f"store_({_OPERAND.format(n='target', a='(a!)', b='(b!)')}, Tensor value) -> ()",
-    f"adam_step_({_OPERAND.format(n='param', a='(a!)', b='(b!)')}, Tensor grad, Tensor grad_scale_inv, int[2] grad_block,"
-    f" {_OPERAND.format(n='first', a='(c!)', b='(d!)')}, {_OPERAND.format(n='second', a='(e!)', b='(f!)')},"
+    "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
+    " Tensor value) -> ()",
+    "adam_step_(Tensor(a!) param, Tensor(b!) param_scale_inv, int[2] param_block, SymInt[]? param_noise,"
+    " Tensor grad, Tensor grad_scale_inv, int[2] grad_block,"
+    " Tensor(c!) first, Tensor(d!) first_scale_inv, int[2] first_block, SymInt[]? first_noise,"
+    " Tensor(e!) second, Tensor(f!) second_scale_inv, int[2] second_block, SymInt[]? second_noise,"
     " float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, SymInt step) -> ()",
 )
 
@@ -174,14 +176,14 @@ class _Device:
         return self.pick("dequantize").dequantize(payload.contiguous(), scale_inv, _block(block), dtype)
 
     def scaled_matmul(self, *arguments: Any) -> Tensor:
-        a, b = _operand(*arguments[:3], None), _operand(*arguments[3:6], None)
+        a, b = _operand(*arguments[:3]), _operand(*arguments[3:6])
         return self.pick("scaled_matmul").scaled_matmul(a, b, *arguments[6:])
 
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
 
     def adam_step_(self, *arguments: Any) -> None:
-        param, grad = _operand(*arguments[:4]), _operand(*arguments[4:7], None)
+        param, grad = _operand(*arguments[:4]), _operand(*arguments[4:7])
         first, second = _operand(*arguments[7:11]), _operand(*arguments[11:15])
         self.pick("adam_step_").adam_step_(param, grad, first, second, AdamScalars(*arguments[15:]))
 
@@ -194,7 +196,7 @@ def _noise(noise: list[int] | None) -> Noise | None:
     return None if noise is None else Noise(*noise)
 
 
-def _operand(payload: Tensor, scale_inv: Tensor, block: list[int], noise: list[int] | None) -> Operand:
+def _operand(payload: Tensor, scale_inv: Tensor, block: list[int], noise: list[int] | None = None) -> Operand:
     return Operand(payload, scale_inv, _block(block), _noise(noise))
 
 
@@ -225,8 +227,10 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "quantize": lambda x, scale_inv, dtype, block, noise: _empty_payload(x, dtype),
     "quantize_amax": lambda x, scale_inv, dtype, block: (_empty_payload(x, dtype), _empty_grid(x, block)),
     "quantize_current": lambda x, dtype, block, margin, power_of_two: (
-        _empty_payload(x, dtype), _empty_grid(x, block), _empty_grid(x, block)
-    ),  # fmt: skip
+        _empty_payload(x, dtype),
+        _empty_grid(x, block),
+        _empty_grid(x, block),
+    ),
     "dequantize": lambda payload, scale_inv, block, dtype: _empty_payload(payload, dtype),
     "scaled_matmul": _empty_product,
     "store_": lambda *arguments: None,

@@ -178,9 +178,7 @@ def amax(x: Tensor, block: Block) -> Tensor:
         return reference.amax(x, block)
     native, x = _native(), x.contiguous()
     largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
-    native.amax(
-        x.data_ptr(), _TYPES[x.dtype], largest.data_ptr(), *_geometry(x.shape, block), native.simd, _threads()
-    )
+    native.amax(x.data_ptr(), _TYPES[x.dtype], largest.data_ptr(), *_geometry(x.shape, block), native.simd, _threads())
     return largest
 
 
@@ -190,9 +188,7 @@ def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_
         return reference.scale_inv_from_amax(amax, format, margin, power_of_two)
     amax = amax.contiguous()
     scale_inv = torch.empty_like(amax)
-    _native().scale_inv(
-        amax.data_ptr(), scale_inv.data_ptr(), amax.numel(), _TYPES[format.dtype], margin, power_of_two
-    )
+    _native().scale_inv(amax.data_ptr(), scale_inv.data_ptr(), amax.numel(), _TYPES[format.dtype], margin, power_of_two)
     return scale_inv
 
 
