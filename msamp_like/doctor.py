@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import msamp_like
 from msamp_like.kernels import cpu
+from msamp_like.kernels.fp8_units import has_fp8_units
 from msamp_like.policy import LEVELS, Policy, Role
 
 _VERSIONED = ("torch", "numpy", "safetensors", "tyro", "triton")
@@ -109,18 +110,6 @@ def diagnose() -> Diagnosis:
     )
 
 
-def fp8_units(index: int) -> bool:
-    """Whether a CUDA or ROCm device multiplies OCP FP8 in hardware.
-
-    NVIDIA: compute capability 8.9 and later. AMD: gfx950 (9.5) and gfx12; gfx942 has FP8 units of another format (fnuz,
-    bias off by one), whose bytes are not ours.
-    """
-    capability = torch.cuda.get_device_capability(index)
-    if torch.version.hip is None:
-        return capability >= (8, 9)
-    return capability == (9, 5) or capability >= (12, 0)
-
-
 def processor() -> str:
     """What the processor calls itself; a label for reports, nothing is decided by it."""
     return _cpu_fields().get("model name", platform.processor() or platform.machine())
@@ -160,8 +149,9 @@ def _cpu_fields() -> dict[str, str]:
 
 def _cuda(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    native = fp8_units(index)
-    major, minor = torch.cuda.get_device_capability(index)
+    device = torch.device("cuda", index)
+    native = has_fp8_units(device)
+    major, minor = torch.cuda.get_device_capability(device)
     return Device(
         name=f"cuda:{index}",
         description=f"{properties.name}, capability {major}.{minor}",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import msamp_like
 from msamp_like import cli, doctor
+from msamp_like.kernels.fp8_units import has_fp8_units
 from msamp_like.policy import LEVELS
 
 
@@ -54,8 +56,24 @@ def test_doctor_says_why_native_kernels_are_missing(monkeypatch):
 )
 def test_fp8_units_are_read_from_the_capability(monkeypatch, hip, capability, expected):
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    assert doctor.fp8_units(0) is expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_fp8_units.__wrapped__(torch.device("cuda", 0)) is expected
+
+
+@pytest.mark.parametrize(("capability", "fp8"), [((9, 0), True), ((8, 0), False)])
+def test_doctor_describes_a_gpu(monkeypatch, capability, fp8):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = SimpleNamespace(name="a GPU of any name", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    has_fp8_units.cache_clear()
+    diagnosis = doctor.diagnose()
+    has_fp8_units.cache_clear()
+    gpu = diagnosis.devices[1]
+    assert (gpu.name, gpu.fp8_units, gpu.memory_gib) == ("cuda:0", fp8, 80)
+    products = {row.level: row.products for row in diagnosis.levels if row.device == "cuda:0"}
+    assert products["O2"] == ("FP8, native" if fp8 else "FP8, emulated exactly")
+    assert any("no FP8 units" in text for text in diagnosis.advice) is not fp8
 
 
 def test_policy_prints_the_table_of_roles(capsys):
