@@ -1,0 +1,99 @@
+"""CUDA and ROCm twin of ``reference.scaled_matmul``: FP8 tensor cores where the device has them, else an emulation.
+
+FP8 units take E4M3 x E4M3 and E5M2 with E4M3, one scale a tensor, the first operand row-major and the second
+column-major, inner dims in multiples of 16. "nt", the forward product, has that layout already; "nn" and "tn" transpose
+one or two operands, one byte read and one written an element. Ragged dims are padded with zeros, which add nothing.
+
+Fast accumulation keeps partial sums in the tensor core's own precision (about 14 bits on Hopper). It is on for the
+forward product alone: gradients are sums of small terms that it would lose.
+
+Everything else is emulated with ordinary products. An FP8 value times a power of two is exact in BF16, so a BF16
+product with FP32 accumulation is that of the real values; a scale that is no power of two rounds each operand once
+more, by at most 2^-9 of its value.
+
+No figure of this file is measured yet: ``benchmarks/gpu.py`` does that.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from msamp_like.formats import E4M3, FP8_DTYPES
+from msamp_like.kernels.reference import Operand, transposed
+from msamp_like.kernels.triton_casts import dequantize
+
+ALIGNMENT = 16
+"""The FP8 units' rows are loaded 16 bytes at a time."""
+
+_PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether the device multiplies OCP E4M3 and E5M2: NVIDIA from capability 8.9, AMD gfx950 and gfx12.
+
+    AMD's gfx942 has FP8 units for another encoding (no negative zero, other bias), which would need other payloads.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None:
+        return capability == (9, 5) or capability >= (12, 0)
+    return capability >= (8, 9)
+
+
+def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:
+    """See :func:`.reference.scaled_matmul`; the order of the sum is the device's, so last bits may differ."""
+    if fits_fp8_units(a, b, dtype) and has_fp8_units(a.payload.device):
+        return multiply_fp8(a, b, layout, dtype)
+    return emulate(a, b, layout, dtype)
+
+
+def fits_fp8_units(a: Operand, b: Operand, dtype: torch.dtype) -> bool:
+    """Whether FP8 units define this product: one scale each, at most one E5M2, something to multiply."""
+    dtypes = {a.payload.dtype, b.payload.dtype}
+    return (
+        dtypes <= set(FP8_DTYPES)
+        and E4M3.dtype in dtypes
+        and a.scale_inv.numel() == b.scale_inv.numel() == 1
+        and dtype in _PRODUCT_DTYPES
+        and min(a.payload.numel(), b.payload.numel()) > 0
+    )
+
+
+def multiply_fp8(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:
+    """The product on FP8 units, FP32 accumulation, both scales applied before the one rounding to ``dtype``."""
+    left = transposed(a.payload, layout[0])
+    right = transposed(b.payload, layout[1]).t()  # row-major here is column-major for the product
+    rows, columns = left.shape[0], right.shape[0]
+    forward = layout == "nt" and a.payload.dtype == b.payload.dtype == E4M3.dtype
+    product = torch._scaled_mm(
+        _aligned(left, pad_rows=False),
+        _aligned(right, pad_rows=True).t(),
+        scale_a=a.scale_inv.reshape(()),
+        scale_b=b.scale_inv.reshape(()),
+        out_dtype=dtype,
+        use_fast_accum=forward,
+    )
+    return product if product.shape[1] == columns else product[:rows, :columns].contiguous()
+
+
+def _aligned(matrix: Tensor, *, pad_rows: bool) -> Tensor:
+    """``matrix`` row-major, columns (and rows) padded with zeros to multiples of 16; no copy where it already is."""
+    codes = matrix.view(torch.uint8)  # padding is not defined for the FP8 dtypes; code 0 is the number 0
+    rows, columns = codes.shape
+    missing = (-columns % ALIGNMENT, -rows % ALIGNMENT if pad_rows else 0)
+    if any(missing):
+        codes = torch.nn.functional.pad(codes, (0, missing[0], 0, missing[1]))
+    return codes.contiguous().view(matrix.dtype)
+
+
+def emulate(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:
+    """The product by ordinary units: BF16 operands where they hold FP8 values and the product is BF16, else FP32."""
+    exact = a.payload.dtype in FP8_DTYPES and b.payload.dtype in FP8_DTYPES
+    inner = torch.bfloat16 if exact and dtype == torch.bfloat16 else torch.float32
+    left = transposed(dequantize(a.payload, a.scale_inv, a.block, inner), layout[0])
+    right = transposed(dequantize(b.payload, b.scale_inv, b.block, inner), layout[1])
+    with torch.autocast(left.device.type, enabled=False):  # it would round the FP32 operands
+        return (left @ right).to(dtype)
