@@ -41,7 +41,8 @@ class Rule:
 
     ``history`` 0 takes the scale from the tensor at hand; n > 0 from the amax of the last n steps (delayed scaling),
     either the "max" of them or the "most_recent". ``margin`` keeps that many powers of two free above amax.
-    ``rounding`` is "nearest" or "stochastic".
+    ``rounding`` of an optimizer state is "nearest", "stochastic", or "auto": stochastic exactly where nearest could
+    freeze an exponential average, that is where its decay 1 - beta is below half a unit of the format.
     """
 
     format: Format
@@ -59,9 +60,15 @@ class Rule:
                 f"a history needs one scale for the whole tensor, got history={self.history} with block={self.block}; "
                 "use history=0 with blocks"
             )
-        for name, known in (("algorithm", ("max", "most_recent")), ("rounding", ("nearest", "stochastic"))):
+        for name, known in (("algorithm", ("max", "most_recent")), ("rounding", ("nearest", "stochastic", "auto"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+
+    def rounds_stochastically(self, beta: float | None = None) -> bool:
+        """Whether a state that decays by ``beta`` a step (None: it does not decay) is rounded stochastically."""
+        if self.rounding == "auto":
+            return beta is not None and 1 - beta < 2.0 ** -(self.format.mantissa_bits + 1)
+        return self.rounding == "stochastic"
 
     def __str__(self) -> str:
         if not self.format.scaled:
@@ -70,7 +77,7 @@ class Rule:
         scope = {(-1, -1): "tensor", (1, -1): "row"}.get(self.block, f"{rows}x{columns}")
         source = f"{self.algorithm} of last {self.history}" if self.history else "this tensor"
         kind = "" if self.power_of_two else ", exact scale"
-        rounding = ", stochastic" if self.rounding == "stochastic" else ""
+        rounding = "" if self.rounding == "nearest" else f", {self.rounding} rounding"
         return f"{self.format.name}, scale per {scope} from {source}{kind}{rounding}"
 
 
@@ -200,25 +207,28 @@ O1 = Policy(
         Role.WEIGHT: Rule(format=E4M3),
         Role.GRAD_OUTPUT: Rule(format=E5M2, history=16),
         Role.GRAD_WEIGHT: Rule(format=E4M3),
-        Role.MASTER_WEIGHT: Rule(format=FP16, block=_STATE_BLOCK),
+        Role.MASTER_WEIGHT: Rule(format=FP16, block=_STATE_BLOCK, rounding="stochastic"),
         Role.FIRST_MOMENT: Rule(format=FP32),
         Role.SECOND_MOMENT: Rule(format=FP32),
         Role.PARTIAL_OUTPUT: Rule(format=E4M3),
         Role.SAVED_ACTIVATION: Rule(format=BF16),
     },
 )
-"""FP8 products and gradients, FP16 master weights with scales; FP32 moments."""
+"""FP8 products and gradients, FP16 master weights with scales; FP32 moments.
+
+The master is rounded stochastically: an update below half a unit of FP16 is kept in the mean, where nearest would lose
+it (docs/results/moments.json)."""
 
 O2 = replace(
     O1,
     name="O2",
     rules={
         **O1.rules,
-        Role.FIRST_MOMENT: Rule(format=E4M3, block=_STATE_BLOCK),
-        Role.SECOND_MOMENT: Rule(format=FP16, block=_STATE_BLOCK),
+        Role.FIRST_MOMENT: Rule(format=E4M3, block=_STATE_BLOCK, rounding="auto"),
+        Role.SECOND_MOMENT: Rule(format=FP16, block=_STATE_BLOCK, rounding="stochastic"),
     },
 )
-"""O1 with an E4M3 first and an FP16 second moment."""
+"""O1 with an E4M3 first and an FP16 second moment, each rounded so that a slow average still moves."""
 
 LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2)})
 

@@ -43,6 +43,9 @@ class Adam(LowPrecisionOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, policy=policy, seed=seed)
 
+    def betas(self, group: Group) -> Mapping[str, float]:
+        return {"exp_avg": group["betas"][0], "exp_avg_sq": group["betas"][1]}
+
     def _scalars(self, group: Group, step: int) -> AdamScalars:
         return AdamScalars(
             lr=float(group["lr"]),

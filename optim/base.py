@@ -54,6 +54,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """Pure FP32 update: new [param, *states] from the old; ``step`` counts from 1."""
         raise NotImplementedError
 
+    def betas(self, group: Group) -> Mapping[str, float]:
+        """State name -> what it is multiplied by each step, for the states that are decaying averages."""
+        return {}
+
     def fused_update(self, param: Operand, grad: Operand, states: list[Operand], group: Group, step: int) -> bool:
         """The same in place by one kernel on stored tensors; False where there is none."""
         return False
@@ -111,10 +115,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         master = state.get("master_weight", param)
-        scaled = isinstance(param, ScalingTensor)
-        operands = [self._operand(master, Role.MASTER_WEIGHT, index, step, scaled)]
-        operands += [self._operand(state[name], role, index, step, scaled) for name, role in self.roles.items()]
-        grad = self._operand(param.grad, Role.GRAD_WEIGHT, index, step, False)  # type: ignore[arg-type]
+        where = (index, step) if isinstance(param, ScalingTensor) else None
+        betas = self.betas(group)
+        operands = [self._operand(master, Role.MASTER_WEIGHT, None, where)]
+        operands += [self._operand(state[name], role, betas.get(name), where) for name, role in self.roles.items()]
+        grad = self._operand(param.grad, Role.GRAD_WEIGHT, None, None)  # type: ignore[arg-type]
         if not self.fused_update(operands[0], grad, operands[1:], group, step):
             values = [kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32) for o in (grad, *operands)]
             for operand, value in zip(
@@ -126,10 +131,12 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         elif isinstance(param, ScalingTensor):
             param.drop_casts()
 
-    def _operand(self, tensor: Tensor, role: Role, index: int, step: int, scaled: bool) -> Operand:
+    def _operand(self, tensor: Tensor, role: Role, beta: float | None, where: tuple[int, int] | None) -> Operand:
+        """A state as kernels take it; ``where`` is (parameter, step) of a matrix, whose roles may round
+        stochastically."""
         noise = None
-        if scaled and self.policy[role].rounding == "stochastic":
-            noise = Noise(self.seed, index, step, role.index)
+        if where is not None and self.policy[role].rounds_stochastically(beta):
+            noise = Noise(self.seed, *where, role.index)
         if isinstance(tensor, ScalingTensor):
             return Operand(tensor.payload, tensor.scale_inv, tensor.block, noise)
         return Operand(tensor, torch.ones(1, 1, dtype=torch.float32, device=tensor.device), WHOLE, None)

@@ -44,6 +44,9 @@ class Lion(LowPrecisionOptimizer):
             )
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, policy=policy, seed=seed)
 
+    def betas(self, group: Group) -> Mapping[str, float]:
+        return {"exp_avg": group["betas"][1]}
+
     def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
         beta1, beta2 = group["betas"]
         decay = float(group["weight_decay"])

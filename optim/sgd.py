@@ -72,6 +72,9 @@ class SGD(LowPrecisionOptimizer):
         }
         super().__init__(params, defaults, policy=policy, seed=seed)
 
+    def betas(self, group: Group) -> Mapping[str, float]:
+        return {"momentum_buffer": group["momentum"]}
+
     def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
         return sgd_update(
             param,
