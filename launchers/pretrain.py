@@ -57,6 +57,9 @@ class Settings(Configurable):
     tokenizer: str = ""  # Hugging Face tokenizer.json; default: bytes are tokens.
     vocab_size: int = 0  # Vocabulary of the model (0: the preset's).
     context: int = 0  # Tokens of a sequence (0: the preset's).
+    dim: int = 0  # Dim of the residual stream (0: the preset's).
+    num_layers: int = 0  # Blocks (0: the preset's).
+    num_heads: int = 0  # Attention heads (0: the preset's).
 
     batch_size: int = 8  # Sequences of a step, over all ranks and micro-batches.
     micro_batches: int = 1  # Backward passes of a step on each rank; gradients accumulate.
@@ -90,7 +93,8 @@ def check(settings: Settings, world: int) -> None:
     for name in ("steps", "batch_size", "micro_batches", "clip", "eval_every", "eval_batches", "eval_batch_size"):
         if getattr(s, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(s, name)}; raise it")
-    for name in ("vocab_size", "context", "lr", "final_lr", "weight_decay", "seed", "save_every", "threads"):
+    sizes = ("vocab_size", "context", "dim", "num_layers", "num_heads")
+    for name in (*sizes, "lr", "final_lr", "weight_decay", "seed", "save_every", "threads"):
         if getattr(s, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(s, name)}; raise it")
     if s.batch_size % (s.micro_batches * world):
@@ -112,11 +116,9 @@ def parse_overrides(settings: Settings) -> dict[str, str]:
 
 
 def model_config(settings: Settings) -> GPTConfig:
-    """The preset with the settings' own vocabulary and context."""
-    preset = PRESETS[settings.preset]
-    return replace(
-        preset, vocab_size=settings.vocab_size or preset.vocab_size, context=settings.context or preset.context
-    )
+    """The preset with the settings' own sizes."""
+    own = {name: getattr(settings, name) for name in ("vocab_size", "context", "dim", "num_layers", "num_heads")}
+    return replace(PRESETS[settings.preset], **{name: size for name, size in own.items() if size})
 
 
 def learning_rate(settings: Settings, step: int) -> float:
