@@ -1,0 +1,124 @@
+"""Formats and blocks: every constant is what its dtype does, every grid covers its tensor exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msamp_like.formats import (
+    BF16,
+    E4M3,
+    E5M2,
+    FORMATS,
+    FP16,
+    FP32,
+    ROW,
+    WHOLE,
+    block_extent,
+    check_block,
+    format_of,
+    grid_shape,
+    matrix_shape,
+)
+from msamp_like.kernels import dequantize, quantize_current
+from tests.closeness import sqnr
+
+BLOCKS = [WHOLE, ROW, (1, 128), (128, 128), (1, 32)]
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=str)
+class TestFormat:
+    def test_constants_are_those_of_the_dtype(self, format):
+        info = torch.finfo(format.dtype)
+        assert (format.largest, format.smallest_normal) == (info.max, info.smallest_normal)
+        assert format.bytes == torch.empty((), dtype=format.dtype).element_size()
+
+    def test_mantissa_bits_are_the_distance_of_two_neighbours(self, format):
+        above_one = 1 + 2.0**-format.mantissa_bits
+        assert torch.tensor(above_one).to(format.dtype).float() == above_one
+        between = torch.tensor(1 + 2.0 ** -(format.mantissa_bits + 1), dtype=torch.float64)
+        assert between.to(format.dtype).double() != between  # one bit more is one too many
+
+    def test_dtype_names_the_format(self, format):
+        assert format_of(format.dtype) is format
+        assert FORMATS[str(format)] is format
+
+    @pytest.mark.parametrize("block", BLOCKS, ids=str)
+    def test_round_trip_costs_one_rounding(self, format, block):
+        """Relative error of a nearest rounding is at most half a step, 2^-(mantissa_bits + 1), of each value that stays
+        normal; values near amax do, with one scale for a few hundred elements of N(0, 1)."""
+        x = torch.randn(130, 200)
+        payload, scale_inv, amax = quantize_current(x, format, block)
+        back = dequantize(payload, scale_inv, block, torch.float32)
+        normal = payload.float().abs() >= format.smallest_normal
+        assert normal.float().mean() > 0.9
+        error = ((back - x).abs() / x.abs())[normal]
+        assert error.max() <= 2.0 ** -(format.mantissa_bits + 1)
+        assert sqnr(x, back) > 6 * format.mantissa_bits + 10
+        assert payload.dtype == format.dtype
+        assert scale_inv.shape == amax.shape == grid_shape(x.shape, block)
+
+
+def test_published_extremes():
+    """OFP8 revision 1.0, table 2, and IEEE 754."""
+    assert (E4M3.largest, E5M2.largest, FP16.largest) == (448.0, 57344.0, 65504.0)
+    assert [f.scaled for f in (E4M3, E5M2, FP16, BF16, FP32)] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("source", FORMATS.values(), ids=str)
+@pytest.mark.parametrize("target", FORMATS.values(), ids=str)
+def test_casts_between_all_formats(source, target):
+    """Both roundings together stay within 10 % of N(0, 1) values, and the source is untouched."""
+    x = torch.randn(64, 64)
+    payload, scale_inv, _ = quantize_current(x, source, WHOLE)
+    before = payload.float().clone()
+    values = dequantize(payload, scale_inv, WHOLE, torch.float32)
+    back = dequantize(*quantize_current(values, target, WHOLE)[:2], WHOLE, torch.float32)
+    floor = 0.13 if E5M2 in (source, target) else 0.1  # half a step of E5M2 alone is 12.5 %
+    torch.testing.assert_close(back, x, rtol=floor, atol=0.1)
+    assert torch.equal(payload.float(), before)
+
+
+def test_a_small_power_of_two_survives_a_chain_of_formats():
+    values = torch.full((3, 5), 2.0**-17)
+    for format in (FP16, E4M3, E5M2, BF16, FP32):
+        values = dequantize(*quantize_current(values, format, WHOLE)[:2], WHOLE, torch.float32)
+        assert torch.equal(values, torch.full((3, 5), 2.0**-17)), format
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.complex64])
+def test_other_dtypes_store_nothing_of_ours(dtype):
+    with pytest.raises(TypeError, match=f"must be one of .*, got {dtype}; cast"):
+        format_of(dtype)
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix"), [((), (1, 1)), ((96,), (1, 96)), ((3, 5), (3, 5)), ((4, 8, 96), (32, 96)), ((0, 7), (0, 7))]
+)
+def test_matrix_of_the_last_dim(shape, matrix):
+    assert matrix_shape(shape) == matrix
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    block=st.tuples(*[st.sampled_from([-1, 1, 2, 3, 8, 128])] * 2),
+)
+def test_a_grid_covers_its_tensor_and_no_more(shape, block):
+    rows, columns = matrix_shape(shape)
+    extent, grid = block_extent(shape, block), grid_shape(shape, block)
+    for size, step, count in zip((rows, columns), extent, grid):
+        assert count * step >= size
+        assert count == 1 or (count - 1) * step < size  # the last block is not empty
+    check_block(block)
+
+
+@pytest.mark.parametrize("block", [(0, 1), (1, -2), (1,), (1, 2, 3), (1.0, 2), ("1", 1)])
+def test_bad_blocks_are_refused(block):
+    with pytest.raises(ValueError, match="a block is two sizes"):
+        check_block(block)
