@@ -54,6 +54,8 @@ class Rule:
     rounding: str = "nearest"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.format, Format):
+            raise TypeError(f"a rule's format must be one of msamp_like.formats, got {self.format!r}; for example E4M3")
         check_block(self.block)
         if self.history < 0 or (self.history > 0 and self.block != WHOLE):
             raise ValueError(
@@ -77,8 +79,9 @@ class Rule:
         scope = {(-1, -1): "tensor", (1, -1): "row"}.get(self.block, f"{rows}x{columns}")
         source = f"{self.algorithm} of last {self.history}" if self.history else "this tensor"
         kind = "" if self.power_of_two else ", exact scale"
+        margin = f", margin {self.margin}" if self.margin else ""
         rounding = "" if self.rounding == "nearest" else f", {self.rounding} rounding"
-        return f"{self.format.name}, scale per {scope} from {source}{kind}{rounding}"
+        return f"{self.format.name}, scale per {scope} from {source}{kind}{margin}{rounding}"
 
 
 GEMM_ROLES = (Role.INPUT, Role.WEIGHT, Role.GRAD_OUTPUT)
@@ -242,7 +245,7 @@ def resolve(level: str | Policy) -> Policy:
     """The policy of a level's name, or the policy itself; raises ValueError for an unknown name."""
     if isinstance(level, Policy):
         return level
-    if level not in LEVELS:
+    if not isinstance(level, str) or level not in LEVELS:
         raise ValueError(
             f"a level must be one of {', '.join(LEVELS)} or a Policy, got {level!r}{_nearest(str(level), LEVELS)}"
         )
