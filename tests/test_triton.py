@@ -1,0 +1,40 @@
+"""The Triton twins without a GPU: their logic in Triton's interpreter, their code as compiled for one.
+
+tests/gpu compares them with the reference on a device.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: nothing here would run it")
+
+ROOT = Path(__file__).parents[1]
+# Each would change a bit somewhere: contraction, subnormal numbers flushed to zero, approximate division and root.
+INEXACT = re.compile(r"\bfma\.|\.ftz\b|\bdiv\.(full|approx)|\bsqrt\.approx|\brcp\.approx")
+
+
+@pytest.mark.slow
+def test_logic_in_the_interpreter():
+    """One process for all: whether a kernel is interpreted is settled when it is defined."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_compiled_code_is_exact(tmp_path):
+    """The kernels compile for a device without FP8 units, and every instruction rounds as FP32 does."""
+    command = [sys.executable, "-m", "tests.triton_compiled", "80"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-8000:]
+    assert run.stdout.count(".visible .entry") == 4
+    assert not INEXACT.findall(run.stdout)
