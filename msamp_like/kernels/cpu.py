@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msamp_like.formats import FP8_DTYPES, Block, Format, block_extent, grid_shape, matrix_shape
+from msamp_like.formats import FP8_DTYPES, Block, Format, block_extent, format_of, grid_shape, matrix_shape
 from msamp_like.kernels import reference
 from msamp_like.kernels.reference import AdamScalars, Noise, Operand
 
@@ -236,7 +236,7 @@ def store_(target: Operand, value: Tensor) -> None:
     if not _has_fast_path(value) or not (target.payload.is_contiguous() and target.scale_inv.is_contiguous()):
         return reference.store_(target, value)
     _scales(target.scale_inv, value.shape, target.block)
-    format = reference.format_of(target.payload.dtype)
+    format = format_of(target.payload.dtype)
     _quantize_current(target.payload, target.scale_inv, target.block, target.noise, value, format, 0, True)
     return None
 
