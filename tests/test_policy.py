@@ -157,7 +157,10 @@ def test_numbers_of_roles_are_fixed():
         (lambda: O2.with_rule("weight", "e5m3"), "format must be one of .* did you mean 'e5m2'"),
         (lambda: O2.with_recipe("delay"), "recipe must be one of .* did you mean 'delayed'"),
         (lambda: O2.override({"a": "fp16"}), "override of 'a' must be one of .*got 'fp16'"),
-        (lambda: Policy(name="half", rules={Role.INPUT: Rule(format=E4M3)}), "rule for every role, 'half' lacks weight"),
+        (
+            lambda: Policy(name="half", rules={Role.INPUT: Rule(format=E4M3)}),
+            "rule for every role, 'half' lacks weight",
+        ),
         (lambda: Policy(name="odd", rules=RULES, parameter=Role.INPUT), "its master_weight or its weight, got 'input'"),
         (lambda: Rule(format=E4M3, block=(0, 1)), "a block is two sizes"),
         (lambda: Rule(format=E4M3, block=(1, 128), history=16), "a history needs one scale"),
