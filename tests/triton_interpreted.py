@@ -245,6 +245,18 @@ def test_emulated_products(layout, block, dtype):
     torch.testing.assert_close(got.float(), expected, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_bf16_operands_keep_their_scales(layout):
+    a, b = (stored(shape, BF16) for shape in _LAYOUTS[layout])
+    for scale_a, scale_b in ((1.0, 1.0), (0.5, 4.0), (torch.inf, 1.0)):
+        scaled = [t._replace(scale_inv=torch.full((1, 1), s)) for t, s in ((a, scale_a), (b, scale_b))]
+        expected = reference.scaled_matmul(*scaled, layout, torch.float32)
+        got = cuda.emulate(*scaled, layout, torch.bfloat16).float()
+        finite = expected.isfinite()
+        assert torch.equal(got.isfinite(), finite)
+        torch.testing.assert_close(got[finite], expected[finite], rtol=2.0**-7, atol=1e-4)
+
+
 def test_what_fp8_units_do_not_take():
     e4m3, e5m2, blocks = stored((16, 64), E4M3), stored((16, 64), E5M2), stored((16, 64), E4M3, (1, 32))
     assert not cuda.fits_fp8_units(e5m2, e5m2, torch.bfloat16)
