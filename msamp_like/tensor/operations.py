@@ -39,15 +39,22 @@ def _carry_gemm(source: ScalingTensor, made: ScalingTensor) -> ScalingTensor:
 @_defines(aten.detach.default, aten.alias.default)
 def _detach(source: ScalingTensor) -> ScalingTensor:
     # nn.Parameter(t) detaches: a parameter made from a weight (Module.to does that) has to stay that weight
-    return _carry_gemm(source, _like(source, source.payload.detach(), source.scale_inv.detach()))
+    made = _carry_gemm(source, _like(source, source.payload.detach(), source.scale_inv.detach()))
+    made._casts = source._casts  # a write through either, weight.data.copy_() say, makes the copies of both stale
+    return made
 
 
 @_defines(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_as.default)
 def _view(source: ScalingTensor, size: Sequence[int] | Tensor) -> ScalingTensor:
-    size = size.shape if isinstance(size, Tensor) else size
-    if list(size) != list(source.shape):
-        raise NotImplementedError(f"a view of a ScalingTensor keeps its shape {tuple(source.shape)}, got {list(size)}")
+    _keeps_shape(source, size.shape if isinstance(size, Tensor) else size)
     return _detach(source)
+
+
+def _keeps_shape(source: ScalingTensor, size: Sequence[int]) -> None:
+    if list(size) != list(source.shape):
+        raise NotImplementedError(
+            f"a view of a ScalingTensor keeps its shape {tuple(source.shape)}, got {list(size)}; call .dequantize()"
+        )
 
 
 @_defines(aten.clone.default)
@@ -67,6 +74,13 @@ def _zeros_like(source: ScalingTensor, dtype: Any = None, device: Any = None, **
     payload = torch.zeros_like(source.payload, device=device)
     made = _like(source, payload, torch.ones_like(source.scale_inv, device=device), dtype)
     return _carry_gemm(source, made)  # Module.to_empty() builds parameters this way
+
+
+@_defines(aten.new_empty_strided.default)
+def _new_empty(source: ScalingTensor, size: Sequence[int], stride: Sequence[int], **options: Any) -> ScalingTensor:
+    # autograd copies a gradient into one of these when somebody else, a hook say, holds on to it
+    _keeps_shape(source, size)
+    return _zeros_like(source, options.get("dtype"), options.get("device"))
 
 
 @_defines(aten.t.default, aten.numpy_T.default)
@@ -229,7 +243,7 @@ def _foreach_lerp_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: fl
 @_defines(aten._amp_foreach_non_finite_check_and_unscale_.default)
 def _unscale_(tensors: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
     for tensor in tensors:
-        plain = isinstance(tensor, ScalingTensor) and tensor.format.scaled
-        seen = tensor.scale_inv if plain else tensor.payload if isinstance(tensor, ScalingTensor) else tensor
+        flagged = isinstance(tensor, ScalingTensor) and tensor.format.scaled
+        seen = tensor.scale_inv if flagged else real(tensor)  # type: ignore[attr-defined]
         found_inf.logical_or_(~torch.isfinite(seen).all())
         tensor.mul_(inv_scale)

@@ -112,7 +112,9 @@ class ScalingTensor(torch.Tensor):
             return self._made(format, block, margin, power_of_two)  # a traced copy belongs to its graph
         key = (format.name, block, margin, power_of_two)
         if key not in self._casts:
-            self._casts[key] = self._made(format, block, margin, power_of_two)
+            # autograd cannot save a copy that was made in inference mode, and training may read it next
+            with torch.inference_mode(False):
+                self._casts[key] = self._made(format, block, margin, power_of_two)
         return self._casts[key]
 
     def _made(self, format: Format, block: Block, margin: int, power_of_two: bool) -> Operand:
@@ -139,7 +141,7 @@ class ScalingTensor(torch.Tensor):
     def replace_(self, other: ScalingTensor) -> ScalingTensor:
         """Hold another's storage from now on: the only way to change format or blocks in place."""
         self.payload, self.scale_inv, self.block = other.payload, other.scale_inv, other.block
-        self.drop_casts()
+        self._casts = {}  # not cleared: an alias may share the old ones with the old storage
         return self
 
     # --- torch ------------------------------------------------------------------------------------------------------
