@@ -50,14 +50,14 @@ format: $(INSTALLED) ## let the linter fix and format what it can
 
 gpu: $(INSTALLED) ## GPU tests and benchmarks; skipped with a word where there is no CUDA device
 	@if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	    $(PY) -m pytest tests/gpu && $(PY) benchmarks/gpu.py; \
+	    $(PY) -m pytest tests/gpu && $(PY) -m benchmarks.gpu; \
 	else \
 	    echo "make gpu: PyTorch sees no CUDA device here, nothing to run"; \
 	fi
 
-BENCHMARKS ?= $(filter-out benchmarks/gpu.py,$(shell grep -l __main__ benchmarks/*.py))
-bench: $(INSTALLED) ## every CPU figure of docs/results again (long); BENCHMARKS=benchmarks/x.py for one
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script; done
+BENCHMARKS ?= $(filter-out gpu,$(notdir $(basename $(shell grep -l __main__ benchmarks/*.py))))
+bench: $(INSTALLED) ## every CPU figure of docs/results again (long); BENCHMARKS="products scales" for some
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) -m benchmarks.$$name; done
 
 nightly: $(INSTALLED) ## the tests that take minutes or hours
 	$(PY) -m pytest -m nightly
