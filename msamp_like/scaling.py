@@ -62,15 +62,16 @@ class Scaler(torch.nn.Module):
         super().__init__()
         self.rule = rule
         self.filled = 0
+        self.delayed = False  # a flag of its own: torch.compile guards on what it reads, and the count moves each step
         if rule.history:
             self.register_buffer("history", torch.zeros(rule.history, dtype=torch.int32), persistent=False)
             self.register_buffer("pending", torch.zeros(1, 1, dtype=torch.int32), persistent=False)
             self.register_buffer("scale_bits", torch.zeros(1, 1, dtype=torch.int32), persistent=False)
 
-    @property
-    def in_time(self) -> bool:
-        """Whether the scale comes from the tensor at hand."""
-        return self.filled < self.rule.history
+    def fill(self, steps: int) -> None:
+        """Say how many steps the history holds; from a full one on the scale is the delayed one."""
+        self.filled = steps
+        self.delayed = 0 < self.rule.history <= steps
 
     def quantize(self, x: Tensor, record: bool) -> Operand:
         """``x`` as stored; with ``record``, its amax takes part in the history."""
@@ -78,7 +79,7 @@ class Scaler(torch.nn.Module):
         if not rule.format.scaled:
             return Operand(x.to(rule.format.dtype), x.new_ones(1, 1, dtype=torch.float32), WHOLE)
         x = x.contiguous()
-        if rule.history == 0 or self.in_time:
+        if not self.delayed:
             payload, scale_inv, amax = kernels.quantize_current(
                 x, rule.format, rule.block, rule.margin, rule.power_of_two
             )
@@ -106,7 +107,7 @@ class Scaler(torch.nn.Module):
             self.history.copy_(state["history"])
             self.scale_bits.copy_(state["scale"])
             self.pending.zero_()
-            self.filled = int(state["filled"])
+            self.fill(int(state["filled"]))
 
     def extra_repr(self) -> str:
         return str(self.rule)
@@ -150,9 +151,9 @@ def _roll_group(group: Sequence[Scaler], amax: Tensor, values: Sequence[float]) 
     torch._foreach_zero_([s.pending for s in group])
     for scaler, value in zip(group, values, strict=True):
         if value == float("inf"):
-            scaler.filled = 0
+            scaler.fill(0)
         elif value > 0:
-            scaler.filled = min(scaler.filled + 1, rule.history)
+            scaler.fill(min(scaler.filled + 1, rule.history))
 
 
 def saturation(payload: Tensor, largest: float) -> Tensor:
