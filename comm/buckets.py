@@ -20,7 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from msamp_like.formats import WHOLE, Block, block_extent, grid_shape, matrix_shape
+from msamp_like.formats import WHOLE, Block, Format, block_extent, grid_shape, matrix_shape
+from msamp_like.tensor import ScalingTensor
 
 LINE = 128
 """Elements of a line where the rule's block does not set it."""
@@ -68,7 +69,7 @@ class Layout:
         self.num_scales = scale
         self.num_elements = sum(math.prod(shape) for shape in shapes)
         self.lines = max(1, -(-line // world))
-        owners = torch.full((world * self.lines,), max(0, scale - 1))  # lines after the last tensor share its last scale
+        owners = torch.full((world * self.lines,), max(0, scale - 1))  # the last tensor's also past its end
         for slot in self.slots:
             owners[slot.first_line : slot.first_line + slot.num_lines] = _scales_of_lines(slot, block)
         shards = owners.view(world, self.lines)
@@ -89,37 +90,29 @@ class Layout:
             grid=grid_shape(shape, block),
         )
 
-    def pack(self, payloads: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer (world, lines, width) with the payloads in their places; zero where there is none, and between."""
+    def pack(
+        self, stored: Sequence[ScalingTensor | None], format: Format, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Payloads in their places, (world, lines, width), and all scales, (scales,); both 0 for None, and between."""
         size = self.world * self.lines * self.width
-        bucket = torch.zeros(size * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype)
-        for slot, payload in zip(self.slots, payloads, strict=True):
-            if payload is not None:
-                self._padded(bucket, slot)[:, : slot.columns].copy_(payload.view(slot.rows, slot.columns))
-        return bucket.view(self.world, self.lines, self.width)
+        bucket = torch.zeros(size * format.bytes, dtype=torch.uint8, device=device).view(format.dtype)
+        scales = [torch.zeros(slot.num_scales, device=device) for slot in self.slots]
+        for position, (slot, tensor) in enumerate(zip(self.slots, stored, strict=True)):
+            if tensor is not None:
+                self._padded(bucket, slot)[:, : slot.columns].copy_(tensor.payload.view(slot.rows, slot.columns))
+                scales[position] = tensor.scale_inv.view(-1)
+        return bucket.view(self.world, self.lines, self.width), torch.cat(scales)
 
-    def unpack(self, bucket: Tensor) -> list[Tensor]:
-        """The payloads of a buffer: views into it, or copies of those whose rows are padded."""
+    def unpack(self, bucket: Tensor, scale_inv: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor's payload and grid of scales: views, but for a payload whose rows are padded, which is copied."""
         flat = bucket.view(-1)
-        payloads = (self._padded(flat, slot)[:, : slot.columns] for slot in self.slots)
-        return [part.reshape(slot.shape) for slot, part in zip(self.slots, payloads, strict=True)]
+        payloads = [self._padded(flat, slot)[:, : slot.columns].reshape(slot.shape) for slot in self.slots]
+        grids = scale_inv.split([slot.num_scales for slot in self.slots])
+        return [(p, g.view(slot.grid)) for p, g, slot in zip(payloads, grids, self.slots, strict=True)]
 
     def _padded(self, flat: Tensor, slot: Slot) -> Tensor:
         start, columns = slot.first_line * self.width, slot.lines_per_row * self.width
         return flat[start : start + slot.rows * columns].view(slot.rows, columns)
-
-    def join_scales(self, scales: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """The scales of all tensors as one vector; 0 for a tensor that has none."""
-        parts = [
-            torch.zeros(slot.num_scales, device=device) if scale_inv is None else scale_inv.reshape(-1)
-            for slot, scale_inv in zip(self.slots, scales, strict=True)
-        ]
-        return torch.cat(parts)
-
-    def split_scales(self, scale_inv: Tensor) -> list[Tensor]:
-        """Each tensor's grid of scales: views into the bucket's vector."""
-        sizes = [slot.num_scales for slot in self.slots]
-        return [part.view(slot.grid) for slot, part in zip(self.slots, scale_inv.split(sizes), strict=True)]
 
 
 def _scales_of_lines(slot: Slot, block: Block) -> Tensor:

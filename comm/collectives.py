@@ -194,12 +194,10 @@ def all_reduce_fp8(tensors: Sequence[Tensor], rule: Rule, group: CountedGroup | 
     group = group or CountedGroup()
     layout = Layout([t.shape for t in tensors], rule.block, group.world, group.rank)
     stored = [stored_as(t, rule) for t in tensors]
-    device = tensors[0].device
-    payload = layout.pack([t.payload for t in stored], rule.format.dtype, device)
-    scale_inv = layout.join_scales([t.scale_inv for t in stored], device)
-    payload, scale_inv, _ = finish(all_reduce_quantized(payload, scale_inv, layout, rule, group))
-    parts = zip(layout.unpack(payload), layout.split_scales(scale_inv), tensors, strict=True)
-    return [ScalingTensor(codes, scales, rule.block, tensor.dtype) for codes, scales, tensor in parts]
+    packed = layout.pack(stored, rule.format, tensors[0].device)
+    payload, scale_inv, _ = finish(all_reduce_quantized(*packed, layout, rule, group))
+    means = zip(layout.unpack(payload, scale_inv), tensors, strict=True)
+    return [ScalingTensor(*mean, rule.block, tensor.dtype) for mean, tensor in means]
 
 
 # --- replicas -------------------------------------------------------------------------------------------------------
@@ -219,7 +217,7 @@ def _described(name: str, tensor: Tensor) -> str:
 
 
 def check_same(lines: Sequence[str], group: CountedGroup, device: torch.device) -> None:
-    """Raises ValueError on every rank unless all have the same ``lines``; names the first that differs and its ranks."""
+    """Raises ValueError on every rank unless all have the same ``lines``; names the first that differs."""
     digest = hashlib.sha256("\n".join(lines).encode()).digest()
     own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
     gathered, work = group.all_gather(own)

@@ -267,15 +267,14 @@ def _reduce_scaled(bucket: Bucket, layout: Layout, rule: Rule, group: CountedGro
     """Gradients as they are stored, or rounded once here; a scale of 0 stands for no gradient on this rank."""
     with record_function(f"{bucket.name}/pack"):
         grads = [None if p.grad is None else stored_as(p.grad, rule) for p in bucket.parameters]
-        payload = layout.pack([None if g is None else g.payload for g in grads], bucket.dtype, bucket.device)
-        scale_inv = layout.join_scales([None if g is None else g.scale_inv for g in grads], bucket.device)
+        packed = layout.pack(grads, rule.format, bucket.device)
         del grads
-    payload, scale_inv, present = yield from all_reduce_quantized(payload, scale_inv, layout, rule, group, bucket.name)
+    payload, scale_inv, present = yield from all_reduce_quantized(*packed, layout, rule, group, bucket.name)
     with record_function(f"{bucket.name}/write"):
-        means = zip(layout.slots, layout.unpack(payload), layout.split_scales(scale_inv), strict=True)
-        for parameter, (slot, codes, scales) in zip(bucket.parameters, means, strict=True):
+        means = zip(bucket.parameters, layout.slots, layout.unpack(payload, scale_inv), strict=True)
+        for parameter, slot, mean in means:
             if parameter.grad is not None or bool(present[slot.first_scale]):  # reads the device for a missing one only
-                _write(parameter, ScalingTensor(codes, scales, rule.block, parameter.dtype))
+                _write(parameter, ScalingTensor(*mean, rule.block, parameter.dtype))
 
 
 def _reduce_plain(bucket: Bucket, group: CountedGroup) -> Steps[None]:
