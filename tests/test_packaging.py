@@ -64,20 +64,15 @@ def test_installed_under_its_own_names(tmp_path):
 
 
 def test_import_is_cheap_and_pulls_in_no_extra(tmp_path):
-    """At most 0.5 s beyond torch (the best of three: another process may hold the core), and no optional library."""
+    """At most 0.5 s beyond torch, in time of the processor (others may hold the cores), and no optional library."""
     program = (
-        "import json, sys, time, torch, numpy; start = time.perf_counter(); import msamp_like; "
-        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
+        "import json, sys, time, torch, numpy; start = time.process_time(); from msamp_like import amp, optim; "
+        "print(json.dumps([time.process_time() - start, sorted(sys.modules)]))"
     )
-    costs = []
-    for _ in range(3):
-        status, output, error = run("-c", program, cwd=tmp_path)
-        assert status == 0, error
-        seconds, modules = json.loads(output)
-        costs.append(seconds)
-        if seconds <= 0.5:
-            break
-    assert min(costs) <= 0.5
+    status, output, error = run("-c", program, cwd=tmp_path)
+    assert status == 0, error
+    seconds, modules = json.loads(output)
+    assert seconds <= 0.5
     extras = {"accelerate", "deepspeed", "matplotlib", "megatron", "tokenizers", "transformers", "tyro", "yaml", "PIL"}
     assert extras.isdisjoint(modules)
 
