@@ -18,7 +18,7 @@ enum Type { FP32, BF16, FP16, E4M3, E5M2, TYPES };
 constexpr int64_t SIZE[TYPES] = {4, 2, 2, 1, 1};
 constexpr int64_t TILE = 2048;                   // elements worked on at a time where values are staged in the L1 cache
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;   // below that, waking a thread costs more than it saves
-constexpr uint32_t INFINITE = 0x7f800000;
+constexpr int32_t INFINITE = 0x7f800000;  // bits of FP32, as are those a NaN lies above
 
 constexpr int32_t largest_bits(int type) {
     constexpr int32_t bits[TYPES] = {0x7f7fffff, 0x7f7f0000, 0x477fe000, 0x43e00000, 0x47600000};
@@ -54,7 +54,7 @@ inline double exp2_of(int exponent) {
     return value;
 }
 
-inline bool finite(float value) { return (float_bits(value) & 0x7fffffffu) < INFINITE; }
+inline bool finite(float value) { return (float_bits(value) & 0x7fffffff) < INFINITE; }
 
 // Magnitudes compare as their bits do, and a NaN compares above infinity: so a maximum of bits cannot lose one.
 inline void raise_to(uint32_t* target, uint32_t value) {
@@ -107,7 +107,7 @@ struct Rule {
     bool power_of_two = true;
 
     float scale_inv(uint32_t amax) const {
-        if (amax >= INFINITE) return float_of(INFINITE);
+        if (amax >= (uint32_t)INFINITE) return float_of(INFINITE);
         if (format == FP32 || format == BF16 || amax == 0) return 1.0f;
         const uint32_t limit = largest_bits(format);
         if (power_of_two) {
@@ -117,6 +117,28 @@ struct Rule {
         }
         const float ratio = float_of(amax) / (float)((double)float_of(limit) / exp2_of(margin));
         return ratio < 0x1p-126f ? 0x1p-126f : ratio > 0x1p126f ? 0x1p126f : ratio;
+    }
+};
+
+// The two upper bytes of the FP32 (so both bytes of the BF16) number that each magnitude of an 8-bit format stands for.
+template <int Format>
+struct ByteTables {
+    uint8_t low[128] = {}, high[128] = {};
+
+    constexpr ByteTables() {
+        constexpr int mantissa = Spec<Format>::mantissa;
+        for (int code = 0; code < 128; ++code) {
+            int bits = (code << (7 - mantissa)) + ((Spec<Format>::smallest_field - 1) << 7);
+            if (code < (1 << mantissa)) {  // subnormal: shift the leading bit up to where a normal number has it
+                int field = Spec<Format>::smallest_field, steps = code;
+                for (; steps != 0 && steps < (1 << mantissa); --field) steps <<= 1;
+                bits = steps == 0 ? 0 : (field << 7) + ((steps - (1 << mantissa)) << (7 - mantissa));
+            }
+            if (Format == E5M2 && code >= 0x7c) bits = code == 0x7c ? 0x7f80 : 0x7fc0;
+            if (Format == E4M3 && code == 0x7f) bits = 0x7fc0;
+            low[code] = (uint8_t)bits;
+            high[code] = (uint8_t)(bits >> 8);
+        }
     }
 };
 

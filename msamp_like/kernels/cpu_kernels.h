@@ -30,6 +30,8 @@ INLINE void store(void* to, V value) {
 INLINE I integers(int32_t value) { return I{} + value; }
 INLINE F floats(float value) { return (F)integers(float_bits(value)); }
 
+INLINE I larger(I a, I b) { return a > b ? a : b; }
+
 INLINE I lane_numbers() {
     I numbers;
     for (int lane = 0; lane < LANES; ++lane) numbers[lane] = lane;
@@ -37,110 +39,239 @@ INLINE I lane_numbers() {
 }
 
 INLINE int32_t largest_lane(I value) {
+#if LANES == 16
+    return _mm512_reduce_max_epi32((__m512i)value);
+#else
     int32_t largest = value[0];
     for (int lane = 1; lane < LANES; ++lane) largest = value[lane] > largest ? value[lane] : largest;
     return largest;
-}
-
-// --- one vector of elements <-> FP32 --------------------------------------------------------------------------------
-
-template <int Type>
-INLINE F decode(const uint8_t* from) {
-    if constexpr (Type == FP32) {
-        return load<F>(from);
-    } else if constexpr (Type == BF16) {
-        return (F)(__builtin_convertvector(load<Halves>(from), U) << 16);
-    } else if constexpr (Type == FP16) {
-#if LANES == 16
-        return (F)_mm512_cvtph_ps(load<__m256i>(from));
-#elif LANES == 8
-        return (F)_mm256_cvtph_ps(load<__m128i>(from));
-#else
-        const I code = (I)__builtin_convertvector(load<Halves>(from), U);
-        const I magnitude = code & 0x7fff;
-        const I normal = (magnitude << 13) + (112 << 23);
-        const I subnormal = (I)(__builtin_convertvector(magnitude, F) * floats(0x1p-24f));
-        I value = magnitude < 0x400 ? subnormal : normal;
-        value = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : value;
-        return (F)(value | (code & 0x8000) << 16);
 #endif
-    } else {
-        const I code = (I)__builtin_convertvector(load<Bytes>(from), U);
-        const I magnitude = code & 0x7f;
-        constexpr int mantissa = Spec<Type>::mantissa;
-        const I normal = (magnitude << (23 - mantissa)) + ((Spec<Type>::smallest_field - 1) << 23);
-        const I subnormal = (I)(__builtin_convertvector(magnitude, F) * floats(Spec<Type>::step));
-        I value = magnitude < (1 << mantissa) ? subnormal : normal;
-        if constexpr (Type == E5M2)
-            value = magnitude >= 0x7c ? (magnitude << 21) | 0x7f800000 : value;
-        else
-            value = magnitude == 0x7f ? integers(0x7fc00000) : value;
-        return (F)(value | (code & 0x80) << 24);
+}
+
+INLINE I widened_bytes(const uint8_t* from) {
+#if LANES == 16
+    return (I)_mm512_cvtepu8_epi32(load<__m128i>(from));
+#elif LANES == 8
+    return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+    return (I)__builtin_convertvector(load<Bytes>(from), U);
+#endif
+}
+
+INLINE I widened_halves(const void* from) {
+#if LANES == 16
+    return (I)_mm512_cvtepu16_epi32(load<__m256i>(from));
+#elif LANES == 8
+    return (I)_mm256_cvtepu16_epi32(load<__m128i>(from));
+#else
+    return (I)__builtin_convertvector(load<Halves>(from), U);
+#endif
+}
+
+// --- a group of four vectors of elements <-> FP32 -------------------------------------------------------------------
+
+constexpr int GROUP = 4 * LANES;
+typedef F Group[4];
+
+// Four vectors of numbers under 2^8, as bytes.
+INLINE void store_bytes(uint8_t* to, const I (&codes)[4]) {
+#if LANES == 16
+    const __m512i low = _mm512_packus_epi32((__m512i)codes[0], (__m512i)codes[1]);
+    const __m512i high = _mm512_packus_epi32((__m512i)codes[2], (__m512i)codes[3]);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    store(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+#elif LANES == 8
+    const __m256i low = _mm256_packus_epi32((__m256i)codes[0], (__m256i)codes[1]);
+    const __m256i high = _mm256_packus_epi32((__m256i)codes[2], (__m256i)codes[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    store(to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+#else
+    for (int k = 0; k < 4; ++k) store(to + k * LANES, __builtin_convertvector((U)codes[k], Bytes));
+#endif
+}
+
+// Four vectors of numbers under 2^16, as 16-bit elements.
+INLINE void store_halves(uint8_t* to, const I (&codes)[4]) {
+    for (int k = 0; k < 4; k += 2) {
+#if LANES == 16
+        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        const __m512i packed = _mm512_packus_epi32((__m512i)codes[k], (__m512i)codes[k + 1]);
+        store(to + 2 * k * LANES, _mm512_permutexvar_epi64(order, packed));
+#elif LANES == 8
+        const __m256i packed = _mm256_packus_epi32((__m256i)codes[k], (__m256i)codes[k + 1]);
+        store(to + 2 * k * LANES, _mm256_permute4x64_epi64(packed, 0xd8));
+#else
+        for (int half = k; half < k + 2; ++half)
+            store(to + 2 * half * LANES, __builtin_convertvector((U)codes[half], Halves));
+#endif
     }
 }
 
-// Clamps to the format, then rounds to nearest even; a NaN keeps its sign.
+#if LANES == 16
+// 64 8-bit codes: every value is exact in BF16, so two lookups by magnitude give the two upper bytes of the FP32 number.
 template <int Type>
-INLINE void encode(uint8_t* to, F real) {
-    const I raw = (I)real;
-    const I unclamped = raw & 0x7fffffff;
-    const I magnitude = unclamped > Spec<Type>::largest ? integers(Spec<Type>::largest) : unclamped;
-    const I is_nan = unclamped > 0x7f800000;
-    if constexpr (Type == FP32) {
-        store(to, is_nan ? raw : magnitude | (raw ^ unclamped));
-    } else if constexpr (Type == BF16) {
-        I rounded = (magnitude + 0x7fff + ((magnitude >> 16) & 1)) >> 16;
-        rounded = is_nan ? integers(0x7fc0) : rounded;
-        rounded |= (I)((U)(raw ^ unclamped) >> 16);
-        store(to, __builtin_convertvector((U)rounded, Halves));
-    } else {
-        constexpr int dropped = 23 - Spec<Type>::mantissa;
-        constexpr int sign_shift = Type == FP16 ? 16 : 24;
-        constexpr int half = (1 << (dropped - 1)) - 1;
-        constexpr int rebias = (Spec<Type>::smallest_field - 1) << Spec<Type>::mantissa;
-        // Below the normals, adding a number whose last bit is worth one step lets the adder round.
-        constexpr int32_t adder = (Spec<Type>::smallest_field + dropped) << 23;
-        const I normal = ((magnitude + half + ((magnitude >> dropped) & 1)) >> dropped) - rebias;
-        const I subnormal = (I)((F)magnitude + (F)integers(adder)) - adder;
-        I code = magnitude < (Spec<Type>::smallest_field << 23) ? subnormal : normal;
-        code = is_nan ? integers(Type == FP16 ? 0x7e00 : 0x7f) : code;
-        code |= (I)((U)(raw ^ unclamped) >> sign_shift);
-        if constexpr (Type == FP16)
-            store(to, __builtin_convertvector((U)code, Halves));
+INLINE void decode_by_table(const uint8_t* from, Group& real) {
+    alignas(64) static constexpr ByteTables<Type> TABLES;
+    // Byte and word interleaving stay within 128 bits: dword k of lane j must be the codes that vector k wants there.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i codes = _mm512_permutexvar_epi32(order, load<__m512i>(from));
+    const __m512i low =
+        _mm512_permutex2var_epi8(load<__m512i>(TABLES.low), codes, load<__m512i>(TABLES.low + 64));
+    __m512i high = _mm512_permutex2var_epi8(load<__m512i>(TABLES.high), codes, load<__m512i>(TABLES.high + 64));
+    high = _mm512_ternarylogic_epi64(high, codes, _mm512_set1_epi8((char)0x80), 0xf8);  // high | (codes & 0x80)
+    const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+    const __m512i zero = _mm512_setzero_si512();
+    real[0] = (F)_mm512_unpacklo_epi16(zero, first);
+    real[1] = (F)_mm512_unpackhi_epi16(zero, first);
+    real[2] = (F)_mm512_unpacklo_epi16(zero, second);
+    real[3] = (F)_mm512_unpackhi_epi16(zero, second);
+}
+#endif
+
+INLINE F half_to_float(const uint8_t* from) {
+#if LANES == 16
+    return (F)_mm512_cvtph_ps(load<__m256i>(from));
+#elif LANES == 8
+    return (F)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+    const I code = widened_halves(from);
+    const I magnitude = code & 0x7fff;
+    const I normal = (magnitude << 13) + (112 << 23);
+    const I subnormal = (I)(__builtin_convertvector(magnitude, F) * floats(0x1p-24f));
+    I value = magnitude < 0x400 ? subnormal : normal;
+    value = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : value;
+    return (F)(value | (code & 0x8000) << 16);
+#endif
+}
+
+template <int Type>
+INLINE F byte_to_float(const uint8_t* from) {
+    const I code = widened_bytes(from);
+    const I magnitude = code & 0x7f;
+    constexpr int mantissa = Spec<Type>::mantissa;
+    const I normal = (magnitude << (23 - mantissa)) + ((Spec<Type>::smallest_field - 1) << 23);
+    const I subnormal = (I)(__builtin_convertvector(magnitude, F) * floats(Spec<Type>::step));
+    I value = magnitude < (1 << mantissa) ? subnormal : normal;
+    if constexpr (Type == E5M2)
+        value = magnitude >= 0x7c ? (magnitude << 21) | 0x7f800000 : value;
+    else
+        value = magnitude == 0x7f ? integers(0x7fc00000) : value;
+    return (F)(value | (code & 0x80) << 24);
+}
+
+template <int Type>
+INLINE void decode(const uint8_t* from, Group& real) {
+#if LANES == 16
+    if constexpr (Type == E4M3 || Type == E5M2) return decode_by_table<Type>(from, real);
+#endif
+    for (int k = 0; k < 4; ++k) {
+        const uint8_t* part = from + k * LANES * SIZE[Type];
+        if constexpr (Type == FP32)
+            real[k] = load<F>(part);
+        else if constexpr (Type == BF16)
+            real[k] = (F)(widened_halves(part) << 16);
+        else if constexpr (Type == FP16)
+            real[k] = half_to_float(part);
         else
-            store(to, __builtin_convertvector((U)code, Bytes));
+            real[k] = byte_to_float<Type>(part);
     }
 }
 
-// Rounds to nearest even without a clamp, as a plain cast does: what a dequantized value becomes.
+struct Parts {
+    I raw, unclamped, magnitude, is_nan;  // magnitude: clamped to the format
+};
+
 template <int Type>
-INLINE void cast(uint8_t* to, F real) {
+INLINE Parts parts(F real) {
+    const I raw = (I)real, unclamped = raw & 0x7fffffff, largest = integers(Spec<Type>::largest);
+    return {raw, unclamped, unclamped < largest ? unclamped : largest, unclamped > INFINITE};
+}
+
+// Puts the sign, and NaN where there was one, back on the code of a magnitude.
+template <int Type>
+INLINE I signed_code(I code, const Parts& of) {
+    constexpr int shift = 32 - 8 * SIZE[Type];
+    constexpr int nan = Type == FP16 ? 0x7e00 : Type == BF16 ? 0x7fc0 : 0x7f;
+    code = of.is_nan ? integers(nan) : code;
+    return code | ((I)((U)of.raw >> shift) & (0x80 << (8 * SIZE[Type] - 8)));
+}
+
+// The code of a value clamped to the format and rounded to nearest even; a NaN keeps its sign.
+template <int Type>
+INLINE I code_of(F real) {
+    const Parts of = parts<Type>(real);
+    constexpr int dropped = 23 - Spec<Type>::mantissa;
+    constexpr int half = (1 << (dropped - 1)) - 1;
+    const I normal = (of.magnitude + half + ((of.magnitude >> dropped) & 1)) >> dropped;
+    if constexpr (Type == BF16) return signed_code<Type>(normal, of);
+    // Below the normals, adding a number whose last bit is worth one step lets the adder round.
+    constexpr int32_t adder = (Spec<Type>::smallest_field + dropped) << 23;
+    constexpr int rebias = (Spec<Type>::smallest_field - 1) << Spec<Type>::mantissa;
+    const I subnormal = (I)((F)of.magnitude + (F)integers(adder)) - adder;
+    return signed_code<Type>(of.magnitude < (Spec<Type>::smallest_field << 23) ? subnormal : normal - rebias, of);
+}
+
+template <int Type>
+INLINE void encode(uint8_t* to, const Group& real) {
     if constexpr (Type == FP32) {
-        store(to, real);
-    } else {
-        static_assert(Type == BF16 || Type == FP16, "a value is read back as FP32, BF16 or FP16");
-        const I raw = (I)real;
-        const I magnitude = raw & 0x7fffffff;
-        if constexpr (Type == BF16) {
-            I rounded = (magnitude + 0x7fff + ((magnitude >> 16) & 1)) >> 16;
-            rounded = magnitude > 0x7f800000 ? integers(0x7fc0) : rounded;
-            rounded |= (I)((U)(raw ^ magnitude) >> 16);
-            store(to, __builtin_convertvector((U)rounded, Halves));
+        for (int k = 0; k < 4; ++k) {
+            const Parts of = parts<Type>(real[k]);
+            store(to + 4 * k * LANES, of.is_nan ? of.raw : of.magnitude | (of.raw ^ of.unclamped));
+        }
+        return;
+    }
+#if LANES >= 8
+    if constexpr (Type == FP16) {
+        for (int k = 0; k < 4; ++k) {
+            const F limit = floats(65504.0f);  // of two operands, the second is returned where one is a NaN
+#if LANES == 16
+            const __m512 clamped = _mm512_max_ps(-limit, _mm512_min_ps(limit, real[k]));
+            store(to + 2 * k * LANES, _mm512_cvtps_ph(clamped, _MM_FROUND_TO_NEAREST_INT));
+#else
+            const __m256 clamped = _mm256_max_ps(-limit, _mm256_min_ps(limit, real[k]));
+            store(to + 2 * k * LANES, _mm256_cvtps_ph(clamped, _MM_FROUND_TO_NEAREST_INT));
+#endif
+        }
+        return;
+    }
+#endif
+    if constexpr (Type != FP32) {
+        const I codes[4] = {code_of<Type>(real[0]), code_of<Type>(real[1]), code_of<Type>(real[2]),
+                            code_of<Type>(real[3])};
+        if constexpr (SIZE[Type] == 2)
+            store_halves(to, codes);
+        else
+            store_bytes(to, codes);
+    }
+}
+
+// Rounds to nearest even without a clamp, as a plain cast does: what a dequantized value becomes. `Exact` promises that
+// BF16 holds every value.
+template <int Type, bool Exact>
+INLINE void cast(uint8_t* to, const Group& real) {
+    static_assert(Type == FP32 || Type == BF16 || Type == FP16, "a value is read back as FP32, BF16 or FP16");
+    I codes[4];
+    for (int k = 0; k < 4; ++k) {
+        const I raw = (I)real[k], magnitude = raw & 0x7fffffff, sign = (I)((U)raw >> 16) & 0x8000;
+        if constexpr (Type == FP32) {
+            store(to + 4 * k * LANES, real[k]);
+        } else if constexpr (Type == BF16 && Exact) {
+            codes[k] = (I)((U)raw >> 16);
+        } else if constexpr (Type == BF16) {
+            const I rounded = (magnitude + 0x7fff + ((magnitude >> 16) & 1)) >> 16;
+            codes[k] = (magnitude > INFINITE ? integers(0x7fc0) : rounded) | sign;
         } else {
 #if LANES == 16
-            store(to, _mm512_cvtps_ph((__m512)real, _MM_FROUND_TO_NEAREST_INT));
+            store(to + 2 * k * LANES, _mm512_cvtps_ph((__m512)real[k], _MM_FROUND_TO_NEAREST_INT));
 #elif LANES == 8
-            store(to, _mm256_cvtps_ph((__m256)real, _MM_FROUND_TO_NEAREST_INT));
+            store(to + 2 * k * LANES, _mm256_cvtps_ph((__m256)real[k], _MM_FROUND_TO_NEAREST_INT));
 #else
-            encode<FP16>(to, real);
-            Halves code = load<Halves>(to);
-            const I infinite = (magnitude >= 0x477ff000) & (magnitude <= 0x7f800000);
-            const I overflow = integers(0x7c00) | (I)((U)(raw ^ magnitude) >> 16);
-            const I exact = (I)__builtin_convertvector(code, U);
-            store(to, __builtin_convertvector((U)(infinite ? overflow : exact), Halves));
+            const I infinite = (magnitude >= 0x477ff000) & (magnitude <= INFINITE);
+            codes[k] = infinite ? sign | 0x7c00 : code_of<FP16>(real[k]);
 #endif
         }
     }
+    if constexpr (Type == BF16 || (Type == FP16 && LANES == 4)) store_halves(to, codes);
 }
 
 // --- random bits ----------------------------------------------------------------------------------------------------
@@ -158,10 +289,10 @@ INLINE Q wide_product(Q words, uint32_t multiplier) {
 // 16 random bits for each of the elements 8 * counter ... 8 * (counter + counters) - 1, in order. Writes whole groups of
 // LANES / 2 counters: `bits` needs room for 4 * LANES elements past the end.
 static void random_bits(uint16_t* bits, uint64_t counter, int64_t counters, const Noise& noise) {
-    constexpr int GROUP = LANES / 2;  // counters in one vector, one in each 64-bit lane
-    for (int64_t done = 0; done < counters; done += GROUP) {
+    constexpr int COUNTERS = LANES / 2;  // counters in one vector, one in each 64-bit lane
+    for (int64_t done = 0; done < counters; done += COUNTERS) {
         Q word0, word1 = Q{} + noise.step, word2 = Q{} + noise.role, word3 = Q{};
-        for (int lane = 0; lane < GROUP; ++lane) word0[lane] = counter + done + lane;
+        for (int lane = 0; lane < COUNTERS; ++lane) word0[lane] = counter + done + lane;
         uint32_t key0 = noise.seed, key1 = noise.tensor;
         // The upper halves of the 64-bit lanes hold leftovers; the multiplication reads the lower halves only.
         for (int round = 0; round < 10; ++round) {
@@ -174,64 +305,76 @@ static void random_bits(uint16_t* bits, uint64_t counter, int64_t counters, cons
             key1 += 0xBB67AE85u;
         }
         const Q low = (word0 & 0xffffffffu) | word1 << 32, high = (word2 & 0xffffffffu) | word3 << 32;
-        uint64_t* out = (uint64_t*)(bits + 8 * done);
-        for (int lane = 0; lane < GROUP; ++lane) {
-            memcpy(out + 2 * lane, &low[lane], 8);
-            memcpy(out + 2 * lane + 1, &high[lane], 8);
+        Q even, odd;  // lanes to interleave, of both
+        for (int lane = 0; lane < COUNTERS; ++lane) {
+            even[lane] = lane / 2 + lane % 2 * COUNTERS;
+            odd[lane] = even[lane] + COUNTERS / 2;
         }
+        store(bits + 8 * done, __builtin_shuffle(low, high, even));
+        store(bits + 8 * done + 4 * COUNTERS, __builtin_shuffle(low, high, odd));
     }
 }
 
-// reference.round_stochastically for one vector.
+// reference.round_stochastically, then the code of its result: the steps counted from the format's smallest binade.
 template <int Type>
-INLINE F round_stochastically(F real, const uint16_t* bits) {
-    constexpr int mantissa = Spec<Type>::mantissa;
+INLINE I stochastic_code(F real, const uint16_t* bits) {
+    constexpr int mantissa = Spec<Type>::mantissa, smallest = Spec<Type>::stochastic_field;
     constexpr int kept = 23 - mantissa < 16 ? 23 - mantissa : 16;
-    const I random = (I)(__builtin_convertvector(load<Halves>(bits), U) >> (16 - kept));
-    const F uniform = __builtin_convertvector(random, F) * floats(1.0f / (1 << kept));
-    const I raw = (I)real;
-    const I unclamped = raw & 0x7fffffff;
-    const I magnitude = unclamped > Spec<Type>::largest ? integers(Spec<Type>::largest) : unclamped;
-    I field = magnitude >> 23;
-    field = field < Spec<Type>::stochastic_field ? integers(Spec<Type>::stochastic_field) : field;
+    const Parts of = parts<Type>(real);
+    const F uniform = __builtin_convertvector(widened_halves(bits) >> (16 - kept), F) * floats(1.0f / (1 << kept));
+    const I field = larger(of.magnitude >> 23, integers(smallest));
     const F steps_per_unit = (F)((254 + mantissa - field) << 23);
-    const F unit = (F)((field - mantissa) << 23);
-    const I steps = __builtin_convertvector((F)magnitude * steps_per_unit + uniform, I);  // not negative: truncation is floor
-    const I rounded = (I)(__builtin_convertvector(steps, F) * unit) | (raw ^ unclamped);
-    return (F)(unclamped > 0x7f800000 ? raw : rounded);
+    const F steps = (F)of.magnitude * steps_per_unit + uniform;  // not negative: truncation is floor
+    const I whole = __builtin_convertvector(steps, I);
+    if constexpr (Type == BF16) {
+        const I rounded = (I)(__builtin_convertvector(whole, F) * (F)((field - mantissa) << 23));
+        return signed_code<Type>((I)((U)rounded >> 16), of);
+    }
+    return signed_code<Type>(whole + ((field - smallest) << mantissa), of);
+}
+
+template <int Type>
+INLINE void encode_stochastically(uint8_t* to, const Group& real, const uint16_t* bits) {
+    I codes[4];
+    for (int k = 0; k < 4; ++k) codes[k] = stochastic_code<Type>(real[k], bits + k * LANES);
+    if constexpr (SIZE[Type] == 2)
+        store_halves(to, codes);
+    else
+        store_bytes(to, codes);
 }
 
 // --- runs: contiguous elements under one scale ----------------------------------------------------------------------
 
 enum Mode { PLAIN, NOISY, WITH_AMAX, MODES };
 
-// Returns the bits of amax (above 0x7f800000: the run holds a NaN) in mode WITH_AMAX, else 0.
+template <int In, int Out, int Mode>
+INLINE I encode_group(const uint8_t* x, uint8_t* payload, F scale, const uint16_t* bits, I amax) {
+    Group real;
+    decode<In>(x, real);
+    for (int k = 0; k < 4; ++k) {
+        if constexpr (Mode == WITH_AMAX) amax = larger((I)real[k] & 0x7fffffff, amax);
+        real[k] = real[k] * scale;
+    }
+    if constexpr (Mode == NOISY && Out != FP32)
+        encode_stochastically<Out>(payload, real, bits);
+    else
+        encode<Out>(payload, real);
+    return amax;
+}
+
+// Returns the bits of amax (above INFINITE: the run holds a NaN) in mode WITH_AMAX, else 0. May read `bits` up to the
+// end of the last group.
 template <int In, int Out, int Mode>
 static uint32_t encode_run(const uint8_t* x, uint8_t* payload, int64_t n, float scale, const uint16_t* bits) {
     const F scales = floats(scale);
     I amax = I{};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        const F real = decode<In>(x + i * SIZE[In]);
-        if constexpr (Mode == WITH_AMAX) {
-            const I magnitude = (I)real & 0x7fffffff;
-            amax = magnitude > amax ? magnitude : amax;
-        }
-        F scaled = real * scales;
-        if constexpr (Mode == NOISY && Out != FP32) scaled = round_stochastically<Out>(scaled, bits + i);
-        encode<Out>(payload + i * SIZE[Out], scaled);
-    }
+    for (; i + GROUP <= n; i += GROUP)
+        amax = encode_group<In, Out, Mode>(x + i * SIZE[In], payload + i * SIZE[Out], scales, bits + i, amax);
     if (i < n) {
-        uint8_t from[4 * LANES] = {0}, to[4 * LANES];
+        uint8_t from[4 * GROUP] = {0}, to[4 * GROUP];
         memcpy(from, x + i * SIZE[In], (n - i) * SIZE[In]);
-        const F real = decode<In>(from);
-        if constexpr (Mode == WITH_AMAX) {
-            const I magnitude = (I)real & 0x7fffffff;
-            amax = magnitude > amax ? magnitude : amax;
-        }
-        F scaled = real * scales;
-        if constexpr (Mode == NOISY && Out != FP32) scaled = round_stochastically<Out>(scaled, bits + i);
-        encode<Out>(to, scaled);
+        amax = encode_group<In, Out, Mode>(from, to, scales, bits + i, amax);
         memcpy(payload + i * SIZE[Out], to, (n - i) * SIZE[Out]);
     }
     return Mode == WITH_AMAX ? (uint32_t)largest_lane(amax) : 0;
@@ -240,33 +383,50 @@ static uint32_t encode_run(const uint8_t* x, uint8_t* payload, int64_t n, float 
 template <int In>
 static uint32_t amax_run(const uint8_t* x, int64_t n) {
     I amax[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int k = 0; k < 4; ++k) {
-            const I magnitude = (I)decode<In>(x + (i + k * LANES) * SIZE[In]) & 0x7fffffff;
-            amax[k] = magnitude > amax[k] ? magnitude : amax[k];
+    for (int64_t i = 0; i < n; i += GROUP) {
+        uint8_t rest[4 * GROUP];
+        const uint8_t* from = x + i * SIZE[In];
+        if (n - i < GROUP) {
+            memset(rest, 0, sizeof(rest));
+            memcpy(rest, from, (n - i) * SIZE[In]);
+            from = rest;
         }
-    for (; i < n; i += LANES) {
-        uint8_t from[4 * LANES] = {0};
-        memcpy(from, x + i * SIZE[In], (n - i < LANES ? n - i : LANES) * SIZE[In]);
-        const I magnitude = (I)decode<In>(from) & 0x7fffffff;
-        amax[0] = magnitude > amax[0] ? magnitude : amax[0];
+        Group real;
+        decode<In>(from, real);
+        for (int k = 0; k < 4; ++k) amax[k] = larger((I)real[k] & 0x7fffffff, amax[k]);
     }
-    for (int k = 1; k < 4; ++k) amax[0] = amax[k] > amax[0] ? amax[k] : amax[0];
-    return (uint32_t)largest_lane(amax[0]);
+    return (uint32_t)largest_lane(larger(larger(amax[0], amax[1]), larger(amax[2], amax[3])));
+}
+
+template <int In, int Out, bool Exact>
+static void decode_exactly(const uint8_t* payload, uint8_t* real, int64_t n, F scale_inv) {
+    Group values;
+    int64_t i = 0;
+    for (; i + GROUP <= n; i += GROUP) {
+        decode<In>(payload + i * SIZE[In], values);
+        for (int k = 0; k < 4; ++k) values[k] = values[k] * scale_inv;
+        cast<Out, Exact>(real + i * SIZE[Out], values);
+    }
+    if (i < n) {
+        uint8_t from[4 * GROUP] = {0}, to[4 * GROUP];
+        memcpy(from, payload + i * SIZE[In], (n - i) * SIZE[In]);
+        decode<In>(from, values);
+        for (int k = 0; k < 4; ++k) values[k] = values[k] * scale_inv;
+        cast<Out, Exact>(to, values);
+        memcpy(real + i * SIZE[Out], to, (n - i) * SIZE[Out]);
+    }
 }
 
 template <int In, int Out>
 static void decode_run(const uint8_t* payload, uint8_t* real, int64_t n, float scale_inv) {
-    const F scales = floats(scale_inv);
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) cast<Out>(real + i * SIZE[Out], decode<In>(payload + i * SIZE[In]) * scales);
-    if (i < n) {
-        uint8_t from[4 * LANES] = {0}, to[4 * LANES];
-        memcpy(from, payload + i * SIZE[In], (n - i) * SIZE[In]);
-        cast<Out>(to, decode<In>(from) * scales);
-        memcpy(real + i * SIZE[Out], to, (n - i) * SIZE[Out]);
-    }
+    // 8-bit values have at most 4 significant bits and lie above 2^-17: times a power of two above 2^-100, or a flag,
+    // they are BF16 numbers.
+    const uint32_t scale_bits = float_bits(scale_inv);
+    const bool exact = Out == BF16 && SIZE[In] == 1 && (scale_bits & 0x7fffff) == 0 && scale_bits > (27u << 23);
+    if (exact)
+        decode_exactly<In, Out, Out == BF16 && SIZE[In] == 1>(payload, real, n, floats(scale_inv));
+    else
+        decode_exactly<In, Out, false>(payload, real, n, floats(scale_inv));
 }
 
 typedef uint32_t (*EncodeRun)(const uint8_t*, uint8_t*, int64_t, float, const uint16_t*);
@@ -301,7 +461,7 @@ static uint32_t quantize_run(int in, const uint8_t* x, int out, uint8_t* payload
     }
     const float scale = 1.0f / scale_inv;
     if (!noise) return ENCODERS[in][out][with_amax ? WITH_AMAX : PLAIN](x, payload, n, scale, nullptr);
-    uint16_t bits[TILE + 8 + 4 * LANES];
+    uint16_t bits[TILE + 8 + GROUP + 4 * LANES];
     for (int64_t done = 0; done < n; done += TILE) {
         const int64_t count = n - done < TILE ? n - done : TILE, offset = (start + done) % 8;
         random_bits(bits, (start + done) / 8, (offset + count + 7) / 8, *noise);
