@@ -339,6 +339,7 @@ def summarize(job: Job, state_bytes: Mapping[str, int], command: str) -> dict[st
         "steps": settings.steps,
         "seed": settings.seed,
         "tokens_per_step": tokens_per_step(job),
+        "flops_per_token": job.model.flops_per_token(),
         "train_loss": statistics.fmean(line["loss"] for line in lines[-LAST:]),
         "train_loss_steps": min(LAST, len(lines)),
         "validation_loss": lines[-1]["validation_loss"],
