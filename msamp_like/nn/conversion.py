@@ -34,13 +34,8 @@ def plan(model: nn.Module, policy: Policy) -> list[Plan]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Bilinear)) or "weight" in _parametrized(
-        module
-    )
-
-
-def _parametrized(module: nn.Module) -> tuple[str, ...]:
-    return tuple(module.parametrizations) if torch.nn.utils.parametrize.is_parametrized(module) else ()  # type: ignore[arg-type]
+    known = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.MultiheadAttention)
+    return isinstance(module, known) or torch.nn.utils.parametrize.is_parametrized(module, "weight")
 
 
 def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
@@ -50,8 +45,10 @@ def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
     wanted, pattern = policy.product(name)
     if wanted == "skip":
         return made("plain", f"override {pattern!r} skips it")
-    if _parametrized(module):
-        return made("plain", "its weight is computed by a parametrization")
+    if isinstance(module, nn.MultiheadAttention):
+        return made("plain", "nn.MultiheadAttention multiplies by its matrices in a kernel of its own")
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        return made("plain", "its weight is computed: a parametrization, weight_norm or spectral_norm")
     if type(module) is nn.Embedding:
         if module.sparse or module.max_norm is not None:
             return made("plain", "an embedding with sparse gradients or max_norm keeps plain weights")
@@ -100,7 +97,7 @@ def convert(model: nn.Module, policy: Policy) -> dict[nn.Parameter, Tensor]:
 def _convert_linear(p: Plan, policy: Policy) -> None:
     weight = p.module.weight
     if weight.gemm is None:  # two Linears with one weight share its scalers  # type: ignore[union-attr]
-        weight.gemm = LinearGemm(policy.for_module(p.name)).to(weight.device)  # type: ignore[union-attr]
+        weight.gemm = LinearGemm(policy.for_module(p.name), p.name).to(weight.device)  # type: ignore[union-attr]
     p.module.__class__ = Fp8Linear
     p.module.gemm = weight.gemm  # type: ignore[union-attr]
     p.module.gemm.train(p.module.training)  # type: ignore[union-attr, operator]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from msamp_like import kernels
 from msamp_like.formats import BF16
@@ -49,8 +50,9 @@ class _Linear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, input: Tensor, weight: ScalingTensor, gemm: LinearGemm, dtype: torch.dtype, record: bool
     ) -> Tensor:
-        stored_input = gemm.input.quantize(input, record)
-        stored_weight = gemm.weight_operand(weight)
+        with record_function(f"{gemm.name}/quantize input and weight"):
+            stored_input = gemm.input.quantize(input, record)
+            stored_weight = gemm.weight_operand(weight)
         needs_grad_input, needs_grad_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
             *(stored_input[:2] if needs_grad_weight else (None, None)),
@@ -59,20 +61,25 @@ class _Linear(torch.autograd.Function):
         ctx.gemm, ctx.record = gemm, record
         ctx.blocks = stored_input.block, stored_weight.block
         ctx.dtypes = input.dtype, weight.dtype
-        return kernels.scaled_matmul(stored_input, stored_weight, "nt", dtype)
+        with record_function(f"{gemm.name}/output"):
+            return kernels.scaled_matmul(stored_input, stored_weight, "nt", dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         input_payload, input_scale_inv, weight_payload, weight_scale_inv = ctx.saved_tensors
         input_block, weight_block = ctx.blocks
         input_dtype, weight_dtype = ctx.dtypes
-        stored_grad = ctx.gemm.grad_output.quantize(grad_output, ctx.record)
+        name = ctx.gemm.name
+        with record_function(f"{name}/quantize grad_output"):
+            stored_grad = ctx.gemm.grad_output.quantize(grad_output, ctx.record)
         grad_input = grad_weight = None
         if weight_payload is not None:
             operand = Operand(weight_payload, weight_scale_inv, weight_block)
-            grad_input = kernels.scaled_matmul(stored_grad, operand, "nn", input_dtype)
+            with record_function(f"{name}/grad_input"):
+                grad_input = kernels.scaled_matmul(stored_grad, operand, "nn", input_dtype)
         if input_payload is not None:
             operand = Operand(input_payload, input_scale_inv, input_block)
-            product = kernels.scaled_matmul(stored_grad, operand, "tn", BF16.dtype)
+            with record_function(f"{name}/grad_weight"):
+                product = kernels.scaled_matmul(stored_grad, operand, "tn", BF16.dtype)
             grad_weight = unscaled(product, weight_dtype)
         return grad_input, grad_weight, None, None, None

@@ -19,8 +19,9 @@ class LinearGemm(torch.nn.Module):
     too, so that ``F.linear`` with that weight, from wherever it is called, is the same computation.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, name: str = "linear") -> None:
         super().__init__()
+        self.name = name
         self.weight_rule = policy[Role.WEIGHT]
         self.input = Scaler(policy[Role.INPUT])
         self.grad_output = Scaler(policy[Role.GRAD_OUTPUT])

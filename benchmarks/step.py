@@ -1,0 +1,83 @@
+"""Time of a training step of ``tiny`` on this machine: each level against O0 and against torch alone, side by side.
+
+    python -m benchmarks.step
+
+2,048 tokens a step. The variants take turns, step by step, so that whatever else the machine does falls on all of them;
+the figures are medians and the ratios of medians. ``torch`` is the same model under BF16 autocast with torch's own
+AdamW (its fused form) and clipping: the yardstick of the yardstick. The phases tell where the time goes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.result import parser, write
+from msamp_like import amp
+from msamp_like.models import gpt
+
+TARGET = 1.5
+PHASES = ("forward", "backward", "clip", "optimizer")
+
+
+class Variant:
+    """One model and optimizer, stepped in turn with the others."""
+
+    def __init__(self, level: str) -> None:
+        torch.manual_seed(0)
+        self.model: Any = gpt.GPT(gpt.PRESETS["tiny"])
+        self.optimizer: Any = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+        self.clip: Any = torch.nn.utils.clip_grad_norm_
+        if level != "torch":
+            self.model, self.optimizer = amp.initialize(self.model, self.optimizer, level=level, data_parallel=False)
+            self.clip = amp.clip_grad_norm_
+        self.times: list[dict[str, float]] = []
+
+    def step(self, tokens: torch.Tensor) -> None:
+        """One timed step."""
+        marks = [time.perf_counter()]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.model(tokens[:, :-1], tokens[:, 1:])[1]
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        self.clip(self.model.parameters(), 1.0)
+        marks.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        self.times.append({name: b - a for name, a, b in zip(PHASES, marks, marks[1:], strict=False)})
+
+    def figures(self, warmup: int) -> dict[str, float]:
+        """Median milliseconds of the whole step and of its phases."""
+        kept = self.times[warmup:]
+        phases = {name: round(statistics.median(t[name] for t in kept) * 1e3, 2) for name in PHASES}
+        return {"step_ms": round(statistics.median(sum(t.values()) for t in kept) * 1e3, 2), **phases}
+
+
+def main() -> None:
+    options = parser(__doc__, "docs/results/step-cpu.json")
+    options.add_argument("--steps", type=int, default=60, help="steps of each variant, after --warmup")
+    options.add_argument("--warmup", type=int, default=20, help="the first 16 scale in time, before histories are full")
+    arguments = options.parse_args()
+    variants = {level: Variant(level) for level in ("torch", "O0", "O1", "O2")}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(arguments.warmup + arguments.steps):
+        tokens = torch.randint(0, 256, (8, 257), generator=generator)
+        for variant in variants.values():
+            variant.step(tokens)
+    rows = {level: variant.figures(arguments.warmup) for level, variant in variants.items()}
+    ratios = {level: round(row["step_ms"] / rows["O0"]["step_ms"], 3) for level, row in rows.items()}
+    for level, row in rows.items():
+        print(f"{level:<6} {row}  x{ratios[level]} of O0")
+    figures = {"tokens_a_step": 2048, "variants": rows, "ratio_to_O0": ratios, "target_O2_to_O0": TARGET}
+    write(arguments.out, {**figures, "reached": ratios["O2"] <= TARGET})
+
+
+if __name__ == "__main__":
+    main()
