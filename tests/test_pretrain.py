@@ -259,3 +259,17 @@ def test_a_loss_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
     made.log({"step": 1, "loss": math.nan})
     made.close()
     assert metrics(tmp_path / "run") == [{"step": 1, "loss": None}]
+
+
+def test_an_unfinished_run_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        compare.main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert "a finished run has a summary.json" in capsys.readouterr().err
+
+
+def test_cores_are_shared_among_the_ranks_of_a_machine() -> None:
+    cores = Ranks().threads(0)
+    assert Ranks(world=2, local_world=2).threads(0) == max(1, cores // 2)
+    assert Ranks(world=64, local_world=64).threads(0) == max(1, cores // 64)
+    assert Ranks(world=2, local_world=2).threads(5) == 5
