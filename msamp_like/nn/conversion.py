@@ -6,8 +6,9 @@ Identity is kept: the module objects stay, and so do the parameter objects, whos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from msamp_like.nn.linear import Fp8Linear, LinearGemm
 from msamp_like.policy import Policy
 from msamp_like.scaling import quantize
-from msamp_like.tensor import ScalingTensor
+from msamp_like.tensor import ScalingTensor, unscaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,23 @@ class Plan:
 
 def plan(model: nn.Module, policy: Policy) -> list[Plan]:
     """A plan for every Linear, every subclass of it and every embedding of a model that is not converted yet."""
-    return [_plan(name, module, policy) for name, module in model.named_modules() if _has_matrix(module)]
+    return _agreed([_plan(name, module, policy) for name, module in model.named_modules() if _has_matrix(module)])
+
+
+def _agreed(plans: list[Plan]) -> list[Plan]:
+    """Modules that share a weight share its storage: plain if one of them has to be, else as the first product."""
+    first: dict[int, Plan] = {}
+    for p in sorted(plans, key=lambda p: p.product != "plain"):
+        if p.product != "lookup":
+            for parameter in p.module.parameters(recurse=False):
+                first.setdefault(id(parameter), p)
+    agreed = []
+    for p in plans:
+        leader = p if p.product == "plain" else first.get(id(p.module.weight), p)
+        if leader.product != p.product and (p.product != "lookup" or leader.product == "plain"):
+            p = replace(p, product=leader.product, reason=f"it shares the weight of {leader.name!r}")
+        agreed.append(p)
+    return agreed
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -53,6 +70,8 @@ def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
         if module.sparse or module.max_norm is not None:
             return made("plain", "an embedding with sparse gradients or max_norm keeps plain weights")
         return _checked(made("lookup", "a lookup has no product; its states follow the level"), module.weight)
+    if torch.nn.parameter.is_lazy(module.weight):
+        return made("plain", "its shape is unknown before a first forward pass; run one, then initialize")
     if type(module) is not nn.Linear:
         return made("plain", f"{type(module).__name__} may read its weight in a way of its own")
     if wanted == "bf16":
@@ -64,9 +83,9 @@ def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
 
 def _checked(wanted: Plan, weight: Tensor) -> Plan:
     if not weight.is_floating_point() or weight.is_complex():
-        return Plan(name=wanted.name, module=wanted.module, product="plain", reason=f"its weight is {weight.dtype}")
+        return replace(wanted, product="plain", reason=f"its weight is {weight.dtype}")
     if weight.numel() == 0:
-        return Plan(name=wanted.name, module=wanted.module, product="plain", reason="its weight is empty")
+        return replace(wanted, product="plain", reason="its weight is empty")
     return wanted
 
 
@@ -74,7 +93,8 @@ def convert(model: nn.Module, policy: Policy) -> dict[nn.Parameter, Tensor]:
     """Convert ``model`` in place; returns each converted parameter with its FP32 values before conversion.
 
     Linears become :class:`Fp8Linear`, their weights and those of embeddings become ScalingTensors as
-    ``policy.parameter_rule`` says. Raises ValueError when there is nothing to convert.
+    ``policy.parameter_rule`` says. Raises, before anything is changed, ValueError when there is nothing to convert
+    and RuntimeError when something else holds a weight's tensor.
     """
     plans = [p for p in plan(model, policy) if p.product != "plain"]
     if not plans:
@@ -82,6 +102,7 @@ def convert(model: nn.Module, policy: Policy) -> dict[nn.Parameter, Tensor]:
             f"a model needs at least one nn.Linear or nn.Embedding to convert, {type(model).__name__} has none that "
             f"the policy {policy.name} takes; loosen its overrides, or train it without amp"
         )
+    check_swappable((f"{p.name}.weight", p.module.weight) for p in plans)
     originals: dict[nn.Parameter, Tensor] = {}
     for p in plans:
         weight: nn.Parameter = p.module.weight  # type: ignore[assignment]
@@ -95,36 +116,64 @@ def convert(model: nn.Module, policy: Policy) -> dict[nn.Parameter, Tensor]:
 
 
 def _convert_linear(p: Plan, policy: Policy) -> None:
-    weight = p.module.weight
-    if weight.gemm is None:  # two Linears with one weight share its scalers  # type: ignore[union-attr]
-        weight.gemm = LinearGemm(policy.for_module(p.name), p.name).to(weight.device)  # type: ignore[union-attr]
-    p.module.__class__ = Fp8Linear
-    p.module.gemm = weight.gemm  # type: ignore[union-attr]
-    p.module.gemm.train(p.module.training)  # type: ignore[union-attr, operator]
+    module: Any = p.module
+    weight: ScalingTensor = module.weight
+    if weight.gemm is None:  # two Linears with one weight share its scalers
+        weight.gemm = LinearGemm(policy.for_module(p.name), p.name).to(weight.device)
+    module.__class__ = Fp8Linear
+    module.gemm = weight.gemm
+    module.gemm.train(module.training)
+
+
+def check_swappable(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise RuntimeError unless the contents of all (name, parameter) can be exchanged: each is, there and back."""
+    for name, parameter in parameters:
+        probe = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        try:
+            torch.utils.swap_tensors(parameter, probe)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a parameter is converted while nothing else holds its tensor, {name!r} is held by the graph of an "
+                "earlier forward pass or by a weak reference; delete losses and outputs first (del loss), and compile "
+                "the model afterwards"
+            ) from error
+        torch.utils.swap_tensors(probe, parameter)
 
 
 def _swap(parameter: nn.Parameter, stored: Tensor) -> None:
-    """Put ``stored`` behind the parameter object; a gradient that is there already comes along in the new form."""
+    """Put ``stored`` behind the parameter object. A gradient that is there already comes along in the new form, hooks
+    and the attributes that a user has set as they are."""
     grad, parameter.grad = parameter.grad, None
+    kept = {name: value for name, value in vars(parameter).items() if name not in ScalingTensor.__annotations__}
     torch.utils.swap_tensors(parameter, nn.Parameter(stored, parameter.requires_grad))
+    vars(parameter).update(kept)
+    rearm_hooks([parameter])
     if grad is not None:
         if isinstance(parameter, ScalingTensor) and not isinstance(grad, ScalingTensor):
-            grad = ScalingTensor(
-                grad.to(torch.bfloat16), grad.new_ones(1, 1, dtype=torch.float32), dtype=parameter.dtype
-            )
+            grad = unscaled(grad.to(torch.bfloat16), parameter.dtype)
         parameter.grad = grad if isinstance(parameter, ScalingTensor) else grad.dequantize()
+
+
+def rearm_hooks(parameters: Iterable[Tensor]) -> None:
+    """Make the hooks that parameters list fire again after ``swap_tensors``, which leaves the firing half behind."""
+    for parameter in parameters:
+        if parameter._backward_hooks is not None:
+            parameter._backward_hooks = parameter._backward_hooks
+        if parameter._post_accumulate_grad_hooks is not None:
+            parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Turn a converted model back into plain torch, in place: the values that its parameters stand for, nothing
-    else."""
+    else. Raises RuntimeError, before anything is changed, when something else holds a weight's tensor."""
+    stored = [(name, p) for name, p in model.named_parameters() if isinstance(p, ScalingTensor)]
+    check_swappable(stored)
     for module in list(model.modules()):
         if isinstance(module, Fp8Linear):
             del module.gemm
             module.__class__ = nn.Linear  # type: ignore[assignment]
-    for parameter in model.parameters():
-        if isinstance(parameter, ScalingTensor):
-            _swap(parameter, parameter.dequantize())
+    for _, parameter in stored:
+        _swap(parameter, parameter.dequantize())
     return model
 
 

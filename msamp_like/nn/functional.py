@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from msamp_like import kernels
@@ -65,6 +66,7 @@ class _Linear(torch.autograd.Function):
             return kernels.scaled_matmul(stored_input, stored_weight, "nt", dtype)
 
     @staticmethod
+    @once_differentiable  # the casts have no second derivative, and silence would make it zero
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         input_payload, input_scale_inv, weight_payload, weight_scale_inv = ctx.saved_tensors
         input_block, weight_block = ctx.blocks

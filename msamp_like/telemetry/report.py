@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from msamp_like.nn.conversion import Plan
 from msamp_like.tensor import ScalingTensor
@@ -75,9 +75,16 @@ def make_report(level: str, plans: Sequence[Plan]) -> Report:
 
 
 def _row(plan: Plan) -> Row:
-    weights = [p for p in plan.module.parameters(recurse=False) if p.ndim >= 2]
+    weights = _matrices(plan.module)
     lookup = isinstance(plan.module, (nn.Embedding, nn.EmbeddingBag))
     flops = 0 if lookup else 2 * sum(w.numel() for w in weights)
     stored = sum(w.stored_bytes if isinstance(w, ScalingTensor) else w.nbytes for w in weights)
     kind = type(plan.module).__name__
     return Row(name=plan.name, kind=kind, product=plan.product, reason=plan.reason, flops=flops, bytes=stored)
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    """What the module multiplies by: its ``weight``, which may be computed, or (attention) the matrices it owns."""
+    weight = getattr(module, "weight", None)
+    owned = [weight] if isinstance(weight, Tensor) else list(module.parameters(recurse=False))
+    return [matrix for matrix in owned if matrix.ndim >= 2]
