@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import resource
 import shutil
@@ -102,7 +103,8 @@ class Progress:
 
     def __init__(self, *, first_step: int, steps: int, shown: bool, every_s: float = 10.0) -> None:
         self._bar = None
-        if shown and sys.stderr.isatty():
+        # a terminal without a width, as some build servers have, would show an empty bar
+        if shown and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             self._bar = tqdm.tqdm(initial=first_step, total=steps, unit="step", dynamic_ncols=True)
         self._shown, self._steps, self._first, self._every_s = shown, steps, first_step, every_s
         self._started = time.monotonic()
