@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import random
 
+import hypothesis
 import numpy
 import pytest
 import torch
 
 from tests.distributed.ranks import RankPool
+
+# An example's time says what else the machine does, not whether the code is right.
+hypothesis.settings.register_profile("msamp_like", deadline=None)
+hypothesis.settings.load_profile("msamp_like")
 
 
 @pytest.fixture(scope="session", autouse=True)
