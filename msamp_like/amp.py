@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -66,23 +66,16 @@ class Converted:
         reducer = self._wiring.reducer
         return reducer.no_sync() if reducer is not None else contextlib.nullcontext()
 
-
-@overload
-def initialize(
-    model: Model, optimizer: torch.optim.Optimizer, level: str | Policy = ..., **options: Any
-) -> tuple[Model, LowPrecisionOptimizer]: ...
-@overload
-def initialize(
-    model: Model, optimizer: Sequence[torch.optim.Optimizer], level: str | Policy = ..., **options: Any
-) -> tuple[Model, list[LowPrecisionOptimizer]]: ...
-@overload
-def initialize(
-    model: Model, optimizer: None = ..., level: str | Policy = ..., **options: Any
-) -> tuple[Model, None]: ...
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What ``to``, ``cuda`` and ``half`` call. torch exchanges the contents of our weights there, and their hooks,
+        which round gradients and reduce them, would be left behind."""
+        made = super()._apply(fn, recurse)  # type: ignore[misc]
+        conversion.rearm_hooks(self.parameters())  # type: ignore[attr-defined]
+        return made
 
 
 def initialize(
-    model: nn.Module,
+    model: Model,
     optimizer: Optimizers = None,
     level: str | Policy = "O2",
     *,
@@ -91,14 +84,15 @@ def initialize(
     data_parallel: bool = True,
     process_group: dist.ProcessGroup | None = None,
     seed: int = 0,
-) -> tuple[nn.Module, LowPrecisionOptimizer | list[LowPrecisionOptimizer] | None]:
+) -> tuple[Model, Any]:
     """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
 
     ``level`` is "O0", "O1", "O2" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the level's own) or
     "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the torch optimizer
-    built on the model's parameters, several of them, or None for a model that only runs; schedulers built on it go on
-    working. Where a process group of more than one rank is initialised the model becomes data-parallel over it, unless
-    ``data_parallel=False``. ``seed`` starts the random stream of stochastic rounding.
+    built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None (None does) for
+    a model that only runs; schedulers built on it go on working. Where a process group of more than one rank is
+    initialised the model becomes data-parallel over it, unless ``data_parallel=False``. ``seed`` starts the random
+    stream of stochastic rounding.
 
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe or
     override, a model that is converted already or has nothing to convert, an optimizer that cannot be mapped or holds
@@ -135,7 +129,7 @@ def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], overri
         raise TypeError(f"a model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, Converted) or any(isinstance(p, ScalingTensor) for p in model.parameters()):
         raise ValueError(
-            "a model is initialized once, got one whose weights are converted already; call amp.restore(model) first to "
+            "a model is initialized once, got one that is converted already; call amp.restore(model) first to "
             "change its level, and give several optimizers in one call as a list"
         )
     names = [name for name, _ in model.named_modules()]
@@ -207,6 +201,7 @@ def restore(model: nn.Module) -> nn.Module:
     The optimizer that ``initialize`` returned has nothing to step any more; build a torch optimizer to go on.
     """
     wiring = _wiring(model)
+    conversion.check_swappable((n, p) for n, p in model.named_parameters() if isinstance(p, ScalingTensor))
     for removable in wiring.removable:
         removable.remove()
     if wiring.reducer is not None:
@@ -259,15 +254,16 @@ def load_state_dict(
     Raises ValueError, before anything is written, for the state of another policy, model or set of optimizers.
     """
     policy, optimizers = str(_wiring(model).policy), _listed(optimizer)
-    if state["policy"] != policy:
+    if state.get("policy") != policy:
         raise ValueError(
             "a saved state must be of the policy that the model was initialized with, got\n"
-            f"{state['policy']}\nfor\n{policy}\ninitialize with the level, recipe and overrides of the checkpoint"
+            f"{state.get('policy')}\nfor\n{policy}\ninitialize with the level, recipe and overrides of the checkpoint"
         )
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(f"the state holds {len(state['optimizers'])} optimizers, got {len(optimizers)} to load into")
     current = model.state_dict()
-    wrong = [n for n, t in state["model"].items() if n not in current or current[n].shape != t.shape]
+    shapes = {n: getattr(t, "shape", None) for n, t in current.items()}  # an extra state is no tensor
+    wrong = [n for n, t in state["model"].items() if n not in current or shapes[n] != getattr(t, "shape", None)]
     wrong += [n for n in current if n not in state["model"]]
     scalers = dict(_scalers(model))
     wrong += sorted(set(scalers) ^ set(state["scalers"]))
@@ -276,6 +272,8 @@ def load_state_dict(
             f"a saved state must be of the same model, {len(wrong)} names or shapes differ, first {wrong[0]!r}; "
             "build the model with the settings of the checkpoint"
         )
+    for one, saved in zip(optimizers, state["optimizers"], strict=True):
+        one.check_state(saved)
     model.load_state_dict(state["model"])
     for one, saved in zip(optimizers, state["optimizers"], strict=True):
         one.load_state_dict(saved)

@@ -246,8 +246,8 @@ def adam_update(param: Tensor, grad: Tensor, first: Tensor, second: Tensor, scal
 def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
     """One fused Adam step in place: dequantize, :func:`adam_update`, requantize with scales from the new values."""
     stored = (param, first, second)
-    values = [dequantize(t.payload, t.scale_inv, t.block, torch.float32) for t in (param, grad, first, second)]
-    for target, value in zip(stored, adam_update(*values, scalars), strict=True):
+    w, g, m, v = (dequantize(t.payload, t.scale_inv, t.block, torch.float32) for t in (param, grad, first, second))
+    for target, value in zip(stored, adam_update(w, g, m, v, scalars), strict=True):
         store_(target, value)
 
 

@@ -30,11 +30,11 @@ def state_bytes(
             found[Role.GRAD_WEIGHT.value if matrix else "plain"] += _bytes(parameter.grad)
         if isinstance(parameter, ScalingTensor):
             found[Role.WEIGHT.value] += parameter.cast_bytes
-    for parameter, state in states:
+    for owner, state in states:
         for name, value in state.items():
             if isinstance(value, Tensor):
                 role = roles.get(name, Role.MASTER_WEIGHT)
-                found[role.value if isinstance(parameter, ScalingTensor) else "plain"] += _bytes(value)
+                found[role.value if isinstance(owner, ScalingTensor) else "plain"] += _bytes(value)
     return found
 
 

@@ -92,7 +92,7 @@ def _transpose(source: ScalingTensor) -> ScalingTensor:
 @_defines(aten.copy_.default)
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, ScalingTensor):
-        return target.copy_(source.dequantize(target.dtype))  # type: ignore[attr-defined, no-any-return]
+        return target.copy_(real(source, target.dtype))
     same = isinstance(source, ScalingTensor) and source.format is target.format and source.block == target.block
     if same and source.shape == target.shape:
         target.payload.copy_(source.payload)  # type: ignore[attr-defined]
