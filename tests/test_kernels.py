@@ -256,6 +256,20 @@ def test_casts_equal_the_reference_with_several_threads(two_threads: None, block
         assert_casts_equal(x, format, block, margin=0, power_of_two=True)
 
 
+@needs_native
+@pytest.mark.parametrize("block", [WHOLE, (1, 128), (1, 1000)], ids=str)
+def test_a_large_result_equals_its_parts(every_simd: None, two_threads: None, block: Block) -> None:
+    """From 16 MiB on results go around the caches; halves of it do not."""
+    x = torch.randn(2**13 + 1, 2000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    payload, scale_inv, _ = cpu.quantize_current(x, E4M3, block)
+    read = cpu.dequantize(payload, scale_inv, block, torch.bfloat16)
+    for rows in (slice(0, 4000), slice(4000, None)):
+        scales = scale_inv if block == WHOLE else scale_inv[rows]
+        assert_equal(payload[rows], cpu.quantize(x[rows], scales, E4M3, block))
+        assert_equal(read[rows], cpu.dequantize(payload[rows], scales, block, torch.bfloat16))
+    assert_equal(cpu.quantize(x, scale_inv, E4M3, block), payload)
+
+
 def assert_casts_equal(x: Tensor, format: Format, block: Block, *, margin: int, power_of_two: bool) -> None:
     expected = reference.quantize_current(x, format, block, margin, power_of_two)
     payload, scale_inv, _ = expected

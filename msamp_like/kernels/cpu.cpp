@@ -18,6 +18,7 @@ enum Type { FP32, BF16, FP16, E4M3, E5M2, TYPES };
 constexpr int64_t SIZE[TYPES] = {4, 2, 2, 1, 1};
 constexpr int64_t TILE = 2048;                   // elements worked on at a time where values are staged in the L1 cache
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;   // below that, waking a thread costs more than it saves
+constexpr int64_t STREAMED_BYTES = 16 << 20;    // results of this size would fill a last-level cache
 constexpr int32_t INFINITE = 0x7f800000;  // bits of FP32, as are those a NaN lies above
 
 constexpr int32_t largest_bits(int type) {
@@ -155,6 +156,7 @@ struct Cast {
     uint32_t* amax;      // bits of FP32; null if not asked for
     const Noise* noise;  // null: to nearest even
     Rule rule;
+    bool streams = false;  // the result is too large for the caches
 };
 
 struct AdamScalars {
@@ -257,6 +259,8 @@ void cast_all(const Cast& cast, Kernel kernel, int threads) {
                 [&](int64_t low, int64_t high) { kernel(cast, low, high); });
 }
 
+bool is_large(const Cast& cast) { return cast.grid.numel * SIZE[cast.out] >= STREAMED_BYTES; }
+
 // The same, never cutting a block.
 template <typename Body>
 void over_blocks(const Grid& grid, int threads, const Body& body) {
@@ -297,6 +301,7 @@ EXPORT void msamp_quantize(const uint8_t* x, int in, float* scale_inv, uint8_t* 
                            const Noise* noise, int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns,
                            int simd, int threads) {
     Cast cast{{rows, columns, block_rows, block_columns}, in, out, x, payload, scale_inv, amax, noise, {out}};
+    cast.streams = is_large(cast);
     if (amax) memset(amax, 0, cast.grid.blocks() * 4);
     cast_all(cast, kernels(simd).quantize, threads);
 }
@@ -308,6 +313,9 @@ EXPORT void msamp_quantize_current(const uint8_t* x, int in, float* scale_inv, u
               {out, margin, power_of_two != 0}};
     const Kernels& chosen = kernels(simd);
     if (cast.grid.block_rows == 1 && cast.grid.block_columns <= 2 * TILE) {
+        // Results are staged TILE elements at a time, which must not cut a block.
+        const int64_t width = cast.grid.block_columns;
+        cast.streams = is_large(cast) && TILE % width == 0 && cast.grid.columns % width == 0;
         over_blocks(cast.grid, threads, [&](int64_t low, int64_t high) { chosen.quantize_current(cast, low, high); });
         return;
     }
@@ -316,12 +324,14 @@ EXPORT void msamp_quantize_current(const uint8_t* x, int in, float* scale_inv, u
     cast_all(cast, chosen.amax, threads);
     for (int64_t block = 0; block < blocks; ++block) scale_inv[block] = cast.rule.scale_inv(amax[block]);
     cast.amax = nullptr;
+    cast.streams = is_large(cast);
     cast_all(cast, chosen.quantize, threads);
 }
 
 EXPORT void msamp_dequantize(const uint8_t* payload, int in, float* scale_inv, uint8_t* real, int out, int64_t rows,
                              int64_t columns, int64_t block_rows, int64_t block_columns, int simd, int threads) {
     Cast cast{{rows, columns, block_rows, block_columns}, in, out, payload, real, scale_inv, nullptr, nullptr, {out}};
+    cast.streams = is_large(cast);
     cast_all(cast, kernels(simd).dequantize, threads);
 }
 

@@ -196,28 +196,36 @@ def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: 
     """See :func:`.reference.quantize`."""
     if not _has_fast_path(x):
         return reference.quantize(x, scale_inv, format, block, noise)
-    return _quantize(x, scale_inv, format, block, noise, None)
+    payload = torch.empty(x.shape, dtype=format.dtype)
+    quantize_into(payload, x, scale_inv, block, noise)
+    return payload
 
 
 def quantize_amax(x: Tensor, scale_inv: Tensor, format: Format, block: Block) -> tuple[Tensor, Tensor]:
     """See :func:`.reference.quantize_amax`; reads ``x`` once."""
     if not _has_fast_path(x):
         return reference.quantize_amax(x, scale_inv, format, block)
-    largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
-    return _quantize(x, scale_inv, format, block, None, largest), largest
-
-
-def _quantize(
-    x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: Noise | None, largest: Tensor | None
-) -> Tensor:
-    native, x, scale_inv = _native(), x.contiguous(), _scales(scale_inv, x.shape, block)
     payload = torch.empty(x.shape, dtype=format.dtype)
+    largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
+    quantize_into(payload, x, scale_inv, block, None, largest)
+    return payload, largest
+
+
+def quantize_into(
+    payload: Tensor,
+    x: Tensor,
+    scale_inv: Tensor,
+    block: Block,
+    noise: Noise | None = None,
+    largest: Tensor | None = None,
+) -> None:
+    """:func:`quantize` FP32, BF16 or FP16 into memory at hand; ``largest``, without noise, takes the amaxes."""
+    native, x, scale_inv = _native(), x.contiguous(), _scales(scale_inv, x.shape, block)
     native.quantize(
-        *(x.data_ptr(), _TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), _TYPES[format.dtype]),
+        *(x.data_ptr(), _TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), _TYPES[payload.dtype]),
         *(None if largest is None else largest.data_ptr(), _address(_noise(noise))),
         *(*_geometry(x.shape, block), native.simd, _threads()),
     )
-    return payload
 
 
 def quantize_current(
@@ -265,13 +273,18 @@ def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dt
     """See :func:`.reference.dequantize`."""
     if payload.numel() == 0 or dtype not in _REAL_DTYPES:
         return reference.dequantize(payload, scale_inv, block, dtype)
-    native, payload, scale_inv = _native(), payload.contiguous(), _scales(scale_inv, payload.shape, block)
     real = torch.empty(payload.shape, dtype=dtype)
+    dequantize_into(real, payload, scale_inv, block)
+    return real
+
+
+def dequantize_into(real: Tensor, payload: Tensor, scale_inv: Tensor, block: Block) -> None:
+    """:func:`dequantize` into memory at hand, to its dtype: FP32, BF16 or FP16."""
+    native, payload, scale_inv = _native(), payload.contiguous(), _scales(scale_inv, payload.shape, block)
     native.dequantize(
-        *(payload.data_ptr(), _TYPES[payload.dtype], scale_inv.data_ptr(), real.data_ptr(), _TYPES[dtype]),
+        *(payload.data_ptr(), _TYPES[payload.dtype], scale_inv.data_ptr(), real.data_ptr(), _TYPES[real.dtype]),
         *(*_geometry(payload.shape, block), native.simd, _threads()),
     )
-    return real
 
 
 def _address(noise: _Noise | None) -> ctypes.c_void_p | None:

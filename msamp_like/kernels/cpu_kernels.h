@@ -470,13 +470,68 @@ static uint32_t quantize_run(int in, const uint8_t* x, int out, uint8_t* payload
     return 0;
 }
 
-static void quantize_range(const Cast& cast, int64_t low, int64_t high) {
+typedef void (*Part)(const Cast&, int64_t, int64_t, uint8_t*);
+
+// Around the caches: a large result would only push out what the next step needs, and a plain store reads its line first.
+static void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
+    int64_t done = 0;
+#if LANES >= 8
+    if ((uintptr_t)to % sizeof(F) == 0)
+        for (; done + (int64_t)sizeof(F) <= bytes; done += sizeof(F))
+#if LANES == 16
+            _mm512_stream_si512((__m512i*)(to + done), load<__m512i>(from + done));
+#else
+            _mm256_stream_si256((__m256i*)(to + done), load<__m256i>(from + done));
+#endif
+#endif
+    memcpy(to + done, from + done, bytes - done);
+}
+
+// Calls part(cast, low, high, to), `to` being where element `low` goes: the result itself, or a piece of cache to stream.
+static void staged(Part part, const Cast& cast, int64_t low, int64_t high) {
+    const int64_t size = SIZE[cast.out];
+    if (!cast.streams) return part(cast, low, high, cast.to + low * size);
+    alignas(64) uint8_t stage[4 * TILE];
+    for (int64_t start = low; start < high; start += TILE) {
+        const int64_t end = start + TILE < high ? start + TILE : high;
+        part(cast, start, end, stage);
+        stream(cast.to + start * size, stage, (end - start) * size);
+    }
+#if LANES >= 8
+    _mm_sfence();
+#endif
+}
+
+static void quantize_part(const Cast& cast, int64_t low, int64_t high, uint8_t* to) {
     for (int64_t start = low; start < high;) {
         const Run run = cast.grid.run(start, high);
         const uint32_t amax = quantize_run(cast.in, cast.from + start * SIZE[cast.in], cast.out,
-                                           cast.to + start * SIZE[cast.out], start, run.end - start,
+                                           to + (start - low) * SIZE[cast.out], start, run.end - start,
                                            cast.scale_inv[run.block], cast.noise, cast.amax != nullptr);
         if (cast.amax) raise_to(cast.amax + run.block, amax);
+        start = run.end;
+    }
+}
+
+// Whole blocks, each read from memory once: its amax, its scale, then its payload while it is in the cache.
+static void quantize_current_part(const Cast& cast, int64_t low, int64_t high, uint8_t* to) {
+    for (int64_t start = low; start < high;) {
+        const Run run = cast.grid.run(start, high);
+        const int64_t n = run.end - start;
+        const uint8_t* x = cast.from + start * SIZE[cast.in];
+        cast.amax[run.block] = AMAXES[cast.in](x, n);
+        cast.scale_inv[run.block] = cast.rule.scale_inv(cast.amax[run.block]);
+        quantize_run(cast.in, x, cast.out, to + (start - low) * SIZE[cast.out], start, n, cast.scale_inv[run.block],
+                     cast.noise, false);
+        start = run.end;
+    }
+}
+
+static void dequantize_part(const Cast& cast, int64_t low, int64_t high, uint8_t* to) {
+    for (int64_t start = low; start < high;) {
+        const Run run = cast.grid.run(start, high);
+        DECODERS[cast.in][cast.out](cast.from + start * SIZE[cast.in], to + (start - low) * SIZE[cast.out],
+                                    run.end - start, cast.scale_inv[run.block]);
         start = run.end;
     }
 }
@@ -489,28 +544,11 @@ static void amax_range(const Cast& cast, int64_t low, int64_t high) {
     }
 }
 
-// Whole blocks, each read from memory once: its amax, its scale, then its payload while it is in the cache.
+static void quantize_range(const Cast& cast, int64_t low, int64_t high) { staged(quantize_part, cast, low, high); }
 static void quantize_current_range(const Cast& cast, int64_t low, int64_t high) {
-    for (int64_t start = low; start < high;) {
-        const Run run = cast.grid.run(start, high);
-        const int64_t n = run.end - start;
-        const uint8_t* x = cast.from + start * SIZE[cast.in];
-        cast.amax[run.block] = AMAXES[cast.in](x, n);
-        cast.scale_inv[run.block] = cast.rule.scale_inv(cast.amax[run.block]);
-        quantize_run(cast.in, x, cast.out, cast.to + start * SIZE[cast.out], start, n, cast.scale_inv[run.block],
-                     cast.noise, false);
-        start = run.end;
-    }
+    staged(quantize_current_part, cast, low, high);
 }
-
-static void dequantize_range(const Cast& cast, int64_t low, int64_t high) {
-    for (int64_t start = low; start < high;) {
-        const Run run = cast.grid.run(start, high);
-        DECODERS[cast.in][cast.out](cast.from + start * SIZE[cast.in], cast.to + start * SIZE[cast.out],
-                                    run.end - start, cast.scale_inv[run.block]);
-        start = run.end;
-    }
-}
+static void dequantize_range(const Cast& cast, int64_t low, int64_t high) { staged(dequantize_part, cast, low, high); }
 
 // --- Adam -----------------------------------------------------------------------------------------------------------
 
