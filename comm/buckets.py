@@ -40,6 +40,7 @@ class Slot:
     lines_per_row: int
     first_scale: int
     grid: tuple[int, int]
+    padding: int  # elements at the end of each row
 
     @property
     def num_lines(self) -> int:
@@ -48,6 +49,12 @@ class Slot:
     @property
     def num_scales(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    def cut(self, part: Tensor) -> Tensor:
+        """The tensor without its padding; a view where it has one row or no padding."""
+        if self.padding:
+            part = part.view(self.rows, self.columns + self.padding)[:, : self.columns]
+        return part.reshape(self.shape)
 
 
 class Layout:
@@ -67,8 +74,8 @@ class Layout:
             self.slots.append(slot)
             line, scale = line + slot.num_lines, scale + slot.num_scales
         self.num_scales = scale
-        self.num_elements = sum(math.prod(shape) for shape in shapes)
         self.lines = max(1, -(-line // world))
+        self.tail = (world * self.lines - line) * self.width
         owners = torch.full((world * self.lines,), max(0, scale - 1))  # the last tensor's also past its end
         for slot in self.slots:
             owners[slot.first_line : slot.first_line + slot.num_lines] = _scales_of_lines(slot, block)
@@ -88,31 +95,35 @@ class Layout:
             lines_per_row=-(-columns // self.width),
             first_scale=scale,
             grid=grid_shape(shape, block),
+            padding=-columns % self.width,
         )
 
     def pack(
         self, stored: Sequence[ScalingTensor | None], format: Format, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Payloads in their places, (world, lines, width), and all scales, (scales,); both 0 for None, and between."""
-        size = self.world * self.lines * self.width
-        bucket = torch.zeros(size * format.bytes, dtype=torch.uint8, device=device).view(format.dtype)
-        scales = [torch.zeros(slot.num_scales, device=device) for slot in self.slots]
-        for position, (slot, tensor) in enumerate(zip(self.slots, stored, strict=True)):
-            if tensor is not None:
-                self._padded(bucket, slot)[:, : slot.columns].copy_(tensor.payload.view(slot.rows, slot.columns))
-                scales[position] = tensor.scale_inv.view(-1)
-        return bucket.view(self.world, self.lines, self.width), torch.cat(scales)
+        parts: list[Tensor] = []
+        scales: list[Tensor] = []
+        for slot, tensor in zip(self.slots, stored, strict=True):
+            if tensor is None:
+                parts.append(torch.zeros(slot.num_lines * self.width * format.bytes, dtype=torch.uint8, device=device))
+                scales.append(torch.zeros(slot.num_scales, device=device))
+                continue
+            code_bytes = tensor.payload.reshape(slot.rows, slot.columns).view(torch.uint8)
+            if slot.padding:
+                code_bytes = torch.nn.functional.pad(code_bytes, (0, slot.padding * format.bytes))
+            parts.append(code_bytes.view(-1))
+            scales.append(tensor.scale_inv.view(-1))
+        parts.append(torch.zeros(self.tail * format.bytes, dtype=torch.uint8, device=device))
+        return torch.cat(parts).view(format.dtype).view(self.world, self.lines, self.width), torch.cat(scales)
 
     def unpack(self, bucket: Tensor, scale_inv: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each tensor's payload and grid of scales: views, but for a payload whose rows are padded, which is copied."""
-        flat = bucket.view(-1)
-        payloads = [self._padded(flat, slot)[:, : slot.columns].reshape(slot.shape) for slot in self.slots]
+        *parts, _ = bucket.view(-1).split([*(slot.num_lines * self.width for slot in self.slots), self.tail])
         grids = scale_inv.split([slot.num_scales for slot in self.slots])
-        return [(p, g.view(slot.grid)) for p, g, slot in zip(payloads, grids, self.slots, strict=True)]
-
-    def _padded(self, flat: Tensor, slot: Slot) -> Tensor:
-        start, columns = slot.first_line * self.width, slot.lines_per_row * self.width
-        return flat[start : start + slot.rows * columns].view(slot.rows, columns)
+        return [
+            (slot.cut(part), grid.view(slot.grid)) for slot, part, grid in zip(self.slots, parts, grids, strict=True)
+        ]
 
 
 def _scales_of_lines(slot: Slot, block: Block) -> Tensor:
