@@ -1,0 +1,253 @@
+"""Every GPU figure in one run: casts, the Adam step, a linear layer, GPT-125M; beside what plain torch does there.
+
+    python -m benchmarks.gpu                  # all parts, into docs/results/<device>.json
+    python -m benchmarks.gpu --parts casts    # some
+
+Bandwidths stand beside the device's copy bandwidth, product rates beside its BF16 product, of the same run. Each part
+is a process of its own: where one fails or hangs, the result says so and the rest runs. The file is written after each
+part. Without a CUDA or ROCm device it says so, writes nothing and exits with 0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.result import parser, write
+from msamp_like import amp, kernels
+from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, WHOLE, Block, Format
+from msamp_like.kernels import AdamScalars, Operand
+from msamp_like.models import gpt
+
+DEVICE = "cuda"
+TOKENS, HIDDEN, FFN = 16_384, 4_096, 16_384
+BATCH, CONTEXT, STEPS = 8, 2_048, 20
+WARMUP_STEPS = 20  # more than the 16 steps in which delayed scaling fills its history
+TIMEOUT_S = 600
+
+
+def seconds(function: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of one call on the device, compilation and first calls left out."""
+    for _ in range(3):
+        function()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def copy_rate() -> float:
+    """Bytes read plus written a second by torch's own copy of a large tensor."""
+    source = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def rate(moved_bytes: float, time_s: float, copy: float) -> dict[str, float]:
+    """One row of a table of bandwidths."""
+    return {
+        "ms": round(time_s * 1e3, 4),
+        "GB/s": round(moved_bytes / time_s / 1e9, 1),
+        "of copy": round(moved_bytes / time_s / copy, 3),
+    }
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def casts() -> dict[str, Any]:
+    """BF16 to E4M3 and back. Bytes are the least that must move: a second reading of the tensor counts against us."""
+    x = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+    copy, numel = copy_rate(), x.numel()
+    rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "elements": numel}
+    rows["amax, tensor"] = rate(2 * numel, seconds(lambda: kernels.amax(x, WHOLE)), copy)
+    scale_inv = kernels.quantize_current(x, E4M3, WHOLE)[1]
+    delayed = seconds(lambda: kernels.quantize_amax(x, scale_inv, E4M3, WHOLE))
+    rows["quantize and amax, delayed scale, tensor"] = rate(3 * numel, delayed, copy)
+    blocks: dict[str, Block] = {"tensor": WHOLE, "1x128": (1, 128), "128x128": (128, 128), "1x32": (1, 32)}
+    for name, block in blocks.items():
+        payload, scales, _ = kernels.quantize_current(x, E4M3, block)
+        current = seconds(partial(kernels.quantize_current, x, E4M3, block))
+        rows[f"quantize, current scale, {name}"] = rate(3 * numel, current, copy)
+        back = seconds(partial(kernels.dequantize, payload, scales, block, torch.bfloat16))
+        rows[f"dequantize, {name}"] = rate(3 * numel, back, copy)
+    rows["torch: x.to(float8_e4m3fn), no scale"] = rate(3 * numel, seconds(lambda: x.to(torch.float8_e4m3fn)), copy)
+    return rows
+
+
+def adam() -> dict[str, Any]:
+    """One step over one large tensor, beside torch's fused AdamW in FP32."""
+    state: Block = (1, 128)
+    levels: dict[str, tuple[tuple[Format, Block], ...]] = {
+        "O2": ((FP16, state), (E4M3, WHOLE), (E4M3, state), (FP16, state)),
+        "O1": ((FP16, state), (E4M3, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
+        "O0": ((FP32, WHOLE), (BF16, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
+    }
+    copy = copy_rate()
+    rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "parameters": TOKENS * HIDDEN}
+    scalars = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True, step=10)
+    for level, formats in levels.items():
+        stored: list[Operand] = []
+        for spread, (format, block) in zip((1, 1e-3, 1e-3, 1e-6), formats):
+            value = torch.rand(TOKENS, HIDDEN, device=DEVICE) * spread
+            stored.append(Operand(*kernels.quantize_current(value, format, block)[:2], block))
+        param, grad, first, second = stored
+        time_s = seconds(partial(kernels.adam_step_, param, grad, first, second, scalars))
+        written = sum(t.payload.nbytes + t.scale_inv.nbytes for t in (param, first, second))
+        rows[f"fused step, {level}"] = rate(2 * written + grad.payload.nbytes, time_s, copy)
+        del stored, param, grad, first, second, value
+    weight = nn.Parameter(torch.randn(TOKENS, HIDDEN, device=DEVICE))
+    weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.AdamW([weight], lr=1e-4, fused=True)
+    rows["torch fused AdamW, FP32"] = rate(28 * weight.numel(), seconds(optimizer.step), copy)
+    return rows
+
+
+def products() -> dict[str, Any]:
+    """Forward and backward of one linear layer; and its product alone, operands at hand."""
+    x = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    grad_output = torch.randn(TOKENS, FFN, device=DEVICE, dtype=torch.bfloat16)
+    flops = 2 * TOKENS * HIDDEN * FFN
+    rows: dict[str, Any] = {"tokens, hidden, ffn": [TOKENS, HIDDEN, FFN]}
+
+    def row(name: str, time_s: float, products: int) -> None:
+        rows[name] = {"ms": round(time_s * 1e3, 4), "TFLOP/s": round(products * flops / time_s / 1e12, 1)}
+
+    weight = torch.randn(FFN, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+    row("BF16 product", seconds(lambda: x.detach() @ weight.t()), 1)
+    for format in (E4M3, E5M2):
+        a = Operand(*kernels.quantize_current(grad_output, format, WHOLE)[:2], WHOLE)
+        b = Operand(*kernels.quantize_current(weight, E4M3, WHOLE)[:2], WHOLE)
+        c = Operand(*kernels.quantize_current(x.detach(), format, WHOLE)[:2], WHOLE)
+        row(f"{format} x e4m3 product, nt", seconds(partial(kernels.scaled_matmul, c, b, "nt", BF16.dtype)), 1)
+        row(f"{format} x e4m3 product, nn", seconds(partial(kernels.scaled_matmul, a, b, "nn", BF16.dtype)), 1)
+
+    def step(layer: nn.Module, before: Callable[[], None]) -> Callable[[], None]:
+        def forward_backward() -> None:
+            before()
+            layer.zero_grad(set_to_none=True)
+            x.grad = None
+            layer(x).backward(grad_output)
+
+        return forward_backward
+
+    plain = nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE, dtype=torch.bfloat16)
+    row("BF16 layer, forward and backward", seconds(step(plain, lambda: None)), 3)
+    for recipe in ("delayed", "current"):
+        model = nn.Sequential(nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE))
+        model, optimizer = amp.initialize(model, torch.optim.SGD(model.parameters(), lr=0.0), "O2", recipe=recipe)
+        for _ in range(WARMUP_STEPS):
+            step(model, lambda: None)()
+            optimizer.step()
+        stored: Any = model[0].weight
+        once = seconds(step(model, stored.drop_casts))  # as in a step of one micro-batch: the weight is cast each time
+        row(f"FP8 layer, {recipe} scaling, forward and backward", once, 3)
+        kept = seconds(step(model, lambda: None))
+        row(f"FP8 layer, {recipe} scaling, forward and backward, weight copy kept", kept, 3)
+    return rows
+
+
+def gpt_125m(level: str, compiled: bool) -> dict[str, Any]:
+    """Training steps of GPT-125M under BF16 autocast; "torch" is plain autocast with fused AdamW."""
+    torch.manual_seed(0)
+    config = gpt.PRESETS["125M"]
+    model: nn.Module = gpt.GPT(config).to(DEVICE)
+    fused = {"fused": True} if level == "torch" else {}
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, **fused)
+    if level != "torch":
+        model, optimizer = amp.initialize(model, optimizer, level=level)
+    run = torch.compile(model) if compiled else model
+    tokens = torch.randint(0, config.vocab_size, (BATCH, CONTEXT + 1), device=DEVICE)
+
+    def step() -> Tensor:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss: Tensor = run(tokens[:, :-1], tokens[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    for _ in range(WARMUP_STEPS):
+        loss = step()
+    torch.cuda.reset_peak_memory_stats()
+    time_s = seconds(step, STEPS)
+    rows = {
+        "ms per step": round(time_s * 1e3, 2),
+        "tokens/s": round(BATCH * CONTEXT / time_s),
+        "TFLOP/s": round(BATCH * CONTEXT / time_s * gpt.GPT(config).flops_per_token(CONTEXT) / 1e12, 1),
+        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 3),
+        "batch, context": [BATCH, CONTEXT],
+        "loss after warm-up": round(float(loss.detach()), 4),
+    }
+    if level != "torch":
+        rows["state bytes"] = amp.state_bytes(model, optimizer)
+    return rows
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "casts": casts,
+    "adam": adam,
+    "products": products,
+    **{
+        f"gpt-125M {level} {'compiled' if compiled else 'eager'}": partial(gpt_125m, level, compiled)
+        for compiled in (False, True)
+        for level in ("torch", "O0", "O2")
+    },
+}
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def in_its_own_process(part: str) -> dict[str, Any]:
+    """The figures of one part, or what it died of."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--inner", part]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {TIMEOUT_S} s"}
+    if run.returncode != 0:
+        return {"failed": run.stderr[-2000:]}
+    figures: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    arguments = parser(__doc__, "docs/results/<device>.json")
+    arguments.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    arguments.add_argument("--inner", choices=PARTS, help="run one part here and print its figures as JSON")
+    given = arguments.parse_args()
+    if not torch.cuda.is_available():
+        print("PyTorch sees no CUDA or ROCm device: no GPU figure was taken, nothing was written")
+        return
+    if given.inner:
+        print(json.dumps(PARTS[given.inner]()))
+        return
+    name = torch.cuda.get_device_name()
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    out = Path(str(given.out).replace("<device>", slug))
+    figures: dict[str, Any] = {"device": name, "capability": list(torch.cuda.get_device_capability())}
+    for part in given.parts:
+        print(f"{part} ...", flush=True)
+        figures[part] = in_its_own_process(part)
+        print(json.dumps(figures[part], indent=1), flush=True)
+        write(out, figures)
+    failed = [part for part in given.parts if "failed" in figures[part]]
+    print(f"failed: {', '.join(failed)}" if failed else "all parts done")
+
+
+if __name__ == "__main__":
+    main()
