@@ -177,7 +177,8 @@ class _Device:
 
     def scaled_matmul(self, *arguments: Any) -> Tensor:
         a, b = _operand(*arguments[:3]), _operand(*arguments[3:6])
-        return self.pick("scaled_matmul").scaled_matmul(a, b, *arguments[6:])
+        with torch.autocast(a.payload.device.type, enabled=False):  # which would take the product in FP16 and overflow
+            return self.pick("scaled_matmul").scaled_matmul(a, b, *arguments[6:])
 
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())

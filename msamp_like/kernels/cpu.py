@@ -302,10 +302,10 @@ def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Te
     """See :func:`.reference.scaled_matmul`; multiplies in BF16 with FP32 accumulation where that loses nothing.
 
     An 8-bit value has at most 4 significant bits and a power of two none, so payload * scale_inv is exact in BF16 (down
-    to 2^-133, the end of BF16). Operands of any other kind, and a product that is to be returned in FP32, which torch
-    offers on CPU for FP32 operands only, are multiplied in FP32.
+    to 2^-133, the end of BF16). Operands of any other kind, and a product that is to be returned in another dtype than
+    BF16, which is what torch on CPU rounds a product of BF16 operands to, are multiplied in FP32.
     """
-    exact = dtype != torch.float32 and _multiplies_bf16() and _exact_in_bf16(a) and _exact_in_bf16(b)
+    exact = dtype == torch.bfloat16 and _multiplies_bf16() and _exact_in_bf16(a) and _exact_in_bf16(b)
     read_as = torch.bfloat16 if exact else torch.float32
     left = dequantize(a.payload, a.scale_inv, a.block, read_as)
     right = dequantize(b.payload, b.scale_inv, b.block, read_as)
