@@ -64,7 +64,9 @@ class Layout:
     needs; ``scale_ranges[r]`` says which scales of the bucket those are for rank r.
     """
 
-    def __init__(self, shapes: Sequence[torch.Size], block: Block, world: int, rank: int) -> None:
+    def __init__(
+        self, shapes: Sequence[torch.Size], block: Block, world: int, rank: int, device: torch.device | None = None
+    ) -> None:
         self.world = world
         self.width = block[1] if block[1] > 0 else LINE
         self.slots: list[Slot] = []
@@ -83,7 +85,7 @@ class Layout:
         low, high = shards.amin(dim=1).tolist(), shards.amax(dim=1).tolist()
         self.scale_ranges: list[tuple[int, int]] = [(a, b + 1) for a, b in zip(low, high, strict=True)]
         self.own_scales = slice(*self.scale_ranges[rank])
-        self.scale_index = shards[rank] - low[rank]
+        self.scale_index = (shards[rank] - low[rank]).to(device)
 
     def _slot(self, shape: torch.Size, block: Block, line: int, scale: int) -> Slot:
         rows, columns = (1, math.prod(shape)) if block == WHOLE else matrix_shape(shape)

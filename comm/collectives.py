@@ -130,7 +130,7 @@ def reduce_scatter_quantized(
         scales_work.wait()
         shards = codes.view(payload.dtype).view(payload.shape)
         scales = scales.view(layout.world, -1)
-        line_scales = scales.index_select(1, layout.scale_index.to(scales.device)).unsqueeze(2)
+        line_scales = scales.index_select(1, layout.scale_index).unsqueeze(2)
         total = kernels.dequantize(shards[0], line_scales[0], ROW, torch.float32)
         for shard, line_scale in zip(shards[1:], line_scales[1:], strict=True):
             total += kernels.dequantize(shard, line_scale, ROW, torch.float32)
@@ -147,15 +147,16 @@ def all_gather_quantized(
     Sends (world - 1) / world of the codes, and one FP32 amax a scale in a MAX all-reduce.
     """
     with record_function(f"{label}/amax"):
-        index = layout.scale_index.to(values.device)
         amax = torch.full((layout.num_scales,), -1.0, device=values.device)  # below every amax: no rank sent this scale
-        amax[layout.own_scales] = torch.where(present, _amax_by_scale(values, index, present.numel()), -1.0)
+        amax[layout.own_scales] = torch.where(
+            present, _amax_by_scale(values, layout.scale_index, present.numel()), -1.0
+        )
         work = group.all_reduce(amax, dist.ReduceOp.MAX)
     yield
     with record_function(f"{label}/all_gather"):
         work.wait()
         scale_inv = kernels.scale_inv_from_amax(amax.clamp(min=0), rule.format, rule.margin, rule.power_of_two)
-        line_scale = scale_inv[layout.own_scales].index_select(0, index).unsqueeze(1)
+        line_scale = scale_inv[layout.own_scales].index_select(0, layout.scale_index).unsqueeze(1)
         codes = kernels.quantize(values, line_scale, rule.format, ROW)
         gathered, work = group.all_gather(codes.view(torch.uint8))
     yield
@@ -192,9 +193,10 @@ def all_reduce_fp8(tensors: Sequence[Tensor], rule: Rule, group: CountedGroup | 
     bytes an element in an 8-bit format, half of what a ring all-reduce in BF16 sends.
     """
     group = group or CountedGroup()
-    layout = Layout([t.shape for t in tensors], rule.block, group.world, group.rank)
+    device = tensors[0].device
+    layout = Layout([t.shape for t in tensors], rule.block, group.world, group.rank, device)
     stored = [stored_as(t, rule) for t in tensors]
-    packed = layout.pack(stored, rule.format, tensors[0].device)
+    packed = layout.pack(stored, rule.format, device)
     payload, scale_inv, _ = finish(all_reduce_quantized(*packed, layout, rule, group))
     means = zip(layout.unpack(payload, scale_inv), tensors, strict=True)
     return [ScalingTensor(*mean, rule.block, tensor.dtype) for mean, tensor in means]

@@ -130,7 +130,8 @@ class DataParallel:
             (scaled, dtype, device), _ = sizes[members[0]]
             members_parameters = [self._parameters[position] for position in members]
             shapes = [p.shape for p in members_parameters]
-            layout = Layout(shapes, self.rule.block, self.world, self.scaled_group.rank) if scaled else None
+            rank = self.scaled_group.rank
+            layout = Layout(shapes, self.rule.block, self.world, rank, device) if scaled else None
             self._buckets.append(
                 Bucket(
                     name=f"comm/bucket{number}",

@@ -277,25 +277,31 @@ def test_buckets_overlap_with_backward_in_one_order(ranks):
 # --- construction, hooks, errors ------------------------------------------------------------------------------------
 
 
-def constructed(rank, world, group):
+def constructed(rank, world, group, level):
     torch.manual_seed(rank)
     model = Net()
     model.count.fill_(rank + 3)
-    model, optimizer = amp.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3), level="O2")
+    model, optimizer = amp.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3), level=level)
     hooked = sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
     for _ in range(3):
         optimizer.zero_grad()
         model(tokens=batch(rank)).backward()
         optimizer.step()
     state = {n: real(p).detach().clone() for n, p in model.named_parameters()}
+    for name, scaler in amp.state_dict(model, optimizer)["scalers"].items():
+        state |= {f"{name}.{key}": value for key, value in scaler.items() if isinstance(value, Tensor)}
     amp.restore(model)
     with Spy(world, rank) as spy:
         model(tokens=batch(rank)).backward()
     return hooked, int(model.count), state, spy.names
 
 
-def test_ranks_start_alike_and_stay_alike(ranks):
-    answers = ranks(3, constructed)
+@pytest.mark.parametrize(
+    "level", [pytest.param("O0", marks=pytest.mark.xfail(strict=True, reason="masters are made before the copy")), "O2"]
+)
+def test_ranks_start_alike_and_stay_alike(ranks, level):
+    """Weights, masters and amax histories, though every rank built another model and saw other data."""
+    answers = ranks(3, constructed, level)
     for hooked, count, state, after_restore in answers:
         assert hooked == len([p for p in Net().parameters() if p.requires_grad])  # a tied weight once
         assert count == 3
