@@ -65,10 +65,6 @@ inline void raise_to(uint32_t* target, uint32_t value) {
     }
 }
 
-struct Run {
-    int64_t end, block;
-};
-
 // A tensor's blocks. Where one block spans the columns its rows are contiguous, so it is seen as a single long row.
 struct Grid {
     int64_t numel, columns, block_rows, block_columns, grid_columns;
@@ -87,18 +83,49 @@ struct Grid {
         return (rows + block_rows - 1) / block_rows * grid_columns;
     }
 
-    // The longest run from `start` that stays in one block, is contiguous and ends at `high` at the latest.
-    Run run(int64_t start, int64_t high) const {
-        const int64_t row = start / columns, column = start - row * columns, block = column / block_columns;
-        const int64_t stop = (block + 1) * block_columns;
-        const int64_t end = row * columns + (stop < columns ? stop : columns);
-        return {end < high ? end : high, row / block_rows * grid_columns + block};
-    }
-
     // Where a block starts, if blocks are runs (block_rows 1).
     int64_t start(int64_t block) const {
         const int64_t row = block / grid_columns, first = row * columns + (block - row * grid_columns) * block_columns;
         return first < numel ? first : numel;
+    }
+};
+
+// Goes through elements [low, high): from `start` to `end` they are contiguous and in one block.
+struct Run {
+    const Grid& grid;
+    int64_t start, end, high, block;
+    int64_t row_end, row_in_block, column_block, first_block;  // first_block: of the row of blocks
+
+    Run(const Grid& grid, int64_t low, int64_t high) : grid(grid), start(low), high(high) {
+        const int64_t row = low / grid.columns, column = low - row * grid.columns;
+        row_end = (row + 1) * grid.columns;
+        row_in_block = row % grid.block_rows;
+        first_block = row / grid.block_rows * grid.grid_columns;
+        column_block = column / grid.block_columns;
+        find_end();
+    }
+
+    int64_t length() const { return end - start; }
+
+    void next() {
+        start = end;
+        ++column_block;
+        if (start == row_end) {
+            row_end += grid.columns;
+            column_block = 0;
+            if (++row_in_block == grid.block_rows) {
+                row_in_block = 0;
+                first_block += grid.grid_columns;
+            }
+        }
+        find_end();
+    }
+
+    void find_end() {
+        end = row_end - grid.columns + (column_block + 1) * grid.block_columns;
+        end = end < row_end ? end : row_end;
+        end = end < high ? end : high;
+        block = first_block + column_block;
     }
 };
 
@@ -140,6 +167,15 @@ struct ByteTables {
             low[code] = (uint8_t)bits;
             high[code] = (uint8_t)(bits >> 8);
         }
+    }
+};
+
+// Index of the lowest byte of each of 32 lanes of 32 bits.
+struct LowBytes {
+    uint8_t index[64] = {};
+
+    constexpr LowBytes() {
+        for (int lane = 0; lane < 32; ++lane) index[lane] = (uint8_t)(4 * lane);
     }
 };
 

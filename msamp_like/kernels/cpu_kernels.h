@@ -211,6 +211,41 @@ INLINE I code_of(F real) {
     return signed_code<Type>(of.magnitude < (Spec<Type>::smallest_field << 23) ? subnormal : normal - rebias, of);
 }
 
+#if LANES == 16
+INLINE __m512i gathered(__m512i a, __m512i b, __m512i c, __m512i d, __m512i index) {
+    const __m256i first = _mm512_castsi512_si256(_mm512_permutex2var_epi8(a, index, b));
+    const __m256i second = _mm512_castsi512_si256(_mm512_permutex2var_epi8(c, index, d));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+// The same as code_of for the 8-bit formats, in fewer operations. A number whose last bit is worth one step of the value's
+// binade is added, so that the adder rounds; its exponent gives the exponent of the code. Everything above the low byte of
+// a lane is ignored, and signs are put in for 64 elements at once.
+template <int Type>
+INLINE void encode_bytes(uint8_t* to, const Group& real) {
+    constexpr int dropped = 23 - Spec<Type>::mantissa;
+    constexpr uint8_t excess = (uint8_t)((Spec<Type>::smallest_field + dropped) << Spec<Type>::mantissa);
+    __m512i codes[4];
+    for (int k = 0; k < 4; ++k) {
+        const F limit = floats(float_of(Spec<Type>::largest));
+        const F magnitude = (F)((I)real[k] & 0x7fffffff);
+        const I clamped = (I)_mm512_min_ps(limit, magnitude);  // a NaN stays, as the second of two operands
+        const I field = larger(clamped & 0x7f800000, integers(Spec<Type>::smallest_field << 23));
+        const I adder = field + (dropped << 23);
+        const I sum = (I)((F)clamped + (F)adder);
+        const I code = sum - adder + (I)((U)adder >> dropped);
+        const __mmask16 is_nan = _mm512_cmp_ps_mask(magnitude, magnitude, _CMP_UNORD_Q);
+        codes[k] = _mm512_mask_mov_epi32((__m512i)code, is_nan, _mm512_set1_epi32(0x7f + excess));
+    }
+    alignas(64) static constexpr LowBytes LOW;  // the first byte of each of 32 lanes
+    const __m512i low = load<__m512i>(LOW.index), top = _mm512_add_epi8(low, _mm512_set1_epi8(3));
+    const __m512i code = _mm512_sub_epi8(gathered(codes[0], codes[1], codes[2], codes[3], low),
+                                         _mm512_set1_epi8((char)excess));
+    const __m512i sign = gathered((__m512i)real[0], (__m512i)real[1], (__m512i)real[2], (__m512i)real[3], top);
+    store(to, _mm512_ternarylogic_epi64(code, sign, _mm512_set1_epi8((char)0x80), 0xf8));  // code | (sign & 0x80)
+}
+#endif
+
 template <int Type>
 INLINE void encode(uint8_t* to, const Group& real) {
     if constexpr (Type == FP32) {
@@ -220,6 +255,9 @@ INLINE void encode(uint8_t* to, const Group& real) {
         }
         return;
     }
+#if LANES == 16
+    if constexpr (Type == E4M3 || Type == E5M2) return encode_bytes<Type>(to, real);
+#endif
 #if LANES >= 8
     if constexpr (Type == FP16) {
         for (int k = 0; k < 4; ++k) {
@@ -286,23 +324,33 @@ INLINE Q wide_product(Q words, uint32_t multiplier) {
 #endif
 }
 
+INLINE Q xor3(Q a, Q b, Q c) {
+#if LANES == 16
+    return (Q)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+    return a ^ b ^ c;
+#endif
+}
+
 // 16 random bits for each of the elements 8 * counter ... 8 * (counter + counters) - 1, in order. Writes whole groups of
 // LANES / 2 counters: `bits` needs room for 4 * LANES elements past the end.
 static void random_bits(uint16_t* bits, uint64_t counter, int64_t counters, const Noise& noise) {
     constexpr int COUNTERS = LANES / 2;  // counters in one vector, one in each 64-bit lane
+    uint64_t keys[10][2];
+    for (int round = 0; round < 10; ++round) {
+        keys[round][0] = noise.seed + 0x9E3779B9u * (uint32_t)round;
+        keys[round][1] = noise.tensor + 0xBB67AE85u * (uint32_t)round;
+    }
     for (int64_t done = 0; done < counters; done += COUNTERS) {
         Q word0, word1 = Q{} + noise.step, word2 = Q{} + noise.role, word3 = Q{};
         for (int lane = 0; lane < COUNTERS; ++lane) word0[lane] = counter + done + lane;
-        uint32_t key0 = noise.seed, key1 = noise.tensor;
         // The upper halves of the 64-bit lanes hold leftovers; the multiplication reads the lower halves only.
         for (int round = 0; round < 10; ++round) {
             const Q product0 = wide_product(word0, 0xD2511F53u), product1 = wide_product(word2, 0xCD9E8D57u);
-            word0 = (product1 >> 32) ^ word1 ^ (Q{} + key0);
-            word2 = (product0 >> 32) ^ word3 ^ (Q{} + key1);
+            word0 = xor3(product1 >> 32, word1, Q{} + keys[round][0]);
+            word2 = xor3(product0 >> 32, word3, Q{} + keys[round][1]);
             word1 = product1;
             word3 = product0;
-            key0 += 0x9E3779B9u;
-            key1 += 0xBB67AE85u;
         }
         const Q low = (word0 & 0xffffffffu) | word1 << 32, high = (word2 & 0xffffffffu) | word3 << 32;
         Q even, odd;  // lanes to interleave, of both
@@ -503,45 +551,34 @@ static void staged(Part part, const Cast& cast, int64_t low, int64_t high) {
 }
 
 static void quantize_part(const Cast& cast, int64_t low, int64_t high, uint8_t* to) {
-    for (int64_t start = low; start < high;) {
-        const Run run = cast.grid.run(start, high);
-        const uint32_t amax = quantize_run(cast.in, cast.from + start * SIZE[cast.in], cast.out,
-                                           to + (start - low) * SIZE[cast.out], start, run.end - start,
+    for (Run run(cast.grid, low, high); run.start < high; run.next()) {
+        const uint32_t amax = quantize_run(cast.in, cast.from + run.start * SIZE[cast.in], cast.out,
+                                           to + (run.start - low) * SIZE[cast.out], run.start, run.length(),
                                            cast.scale_inv[run.block], cast.noise, cast.amax != nullptr);
         if (cast.amax) raise_to(cast.amax + run.block, amax);
-        start = run.end;
     }
 }
 
 // Whole blocks, each read from memory once: its amax, its scale, then its payload while it is in the cache.
 static void quantize_current_part(const Cast& cast, int64_t low, int64_t high, uint8_t* to) {
-    for (int64_t start = low; start < high;) {
-        const Run run = cast.grid.run(start, high);
-        const int64_t n = run.end - start;
-        const uint8_t* x = cast.from + start * SIZE[cast.in];
-        cast.amax[run.block] = AMAXES[cast.in](x, n);
+    for (Run run(cast.grid, low, high); run.start < high; run.next()) {
+        const uint8_t* x = cast.from + run.start * SIZE[cast.in];
+        cast.amax[run.block] = AMAXES[cast.in](x, run.length());
         cast.scale_inv[run.block] = cast.rule.scale_inv(cast.amax[run.block]);
-        quantize_run(cast.in, x, cast.out, to + (start - low) * SIZE[cast.out], start, n, cast.scale_inv[run.block],
-                     cast.noise, false);
-        start = run.end;
+        quantize_run(cast.in, x, cast.out, to + (run.start - low) * SIZE[cast.out], run.start, run.length(),
+                     cast.scale_inv[run.block], cast.noise, false);
     }
 }
 
 static void dequantize_part(const Cast& cast, int64_t low, int64_t high, uint8_t* to) {
-    for (int64_t start = low; start < high;) {
-        const Run run = cast.grid.run(start, high);
-        DECODERS[cast.in][cast.out](cast.from + start * SIZE[cast.in], to + (start - low) * SIZE[cast.out],
-                                    run.end - start, cast.scale_inv[run.block]);
-        start = run.end;
-    }
+    for (Run run(cast.grid, low, high); run.start < high; run.next())
+        DECODERS[cast.in][cast.out](cast.from + run.start * SIZE[cast.in], to + (run.start - low) * SIZE[cast.out],
+                                    run.length(), cast.scale_inv[run.block]);
 }
 
 static void amax_range(const Cast& cast, int64_t low, int64_t high) {
-    for (int64_t start = low; start < high;) {
-        const Run run = cast.grid.run(start, high);
-        raise_to(cast.amax + run.block, AMAXES[cast.in](cast.from + start * SIZE[cast.in], run.end - start));
-        start = run.end;
-    }
+    for (Run run(cast.grid, low, high); run.start < high; run.next())
+        raise_to(cast.amax + run.block, AMAXES[cast.in](cast.from + run.start * SIZE[cast.in], run.length()));
 }
 
 static void quantize_range(const Cast& cast, int64_t low, int64_t high) { staged(quantize_part, cast, low, high); }
@@ -552,8 +589,8 @@ static void dequantize_range(const Cast& cast, int64_t low, int64_t high) { stag
 
 // --- Adam -----------------------------------------------------------------------------------------------------------
 
-struct Values {  // one tile of the four operands in FP32; after update() the new values
-    alignas(64) float param[TILE], grad[TILE], first[TILE], second[TILE];
+struct Values {  // of one tile, FP32: the new ones, and while they are staged the old ones
+    alignas(64) float param[TILE], first[TILE], second[TILE], grad[TILE];
     uint32_t amax[3];  // bits, of param, first, second
 };
 
@@ -573,48 +610,85 @@ INLINE F square_root(F value) {
 #endif
 }
 
-// reference.adam_update on `n` elements; the vectors past n hold whatever was there and are not counted.
-template <bool Decoupled>
-static void update(Values& values, int64_t n, const AdamScalars& s) {
+// reference.adam_update on `n` elements read from the payloads of param, first, second, grad, into `values`. Vectors are
+// read to the end of the last group; what stands past n is computed with and not counted.
+template <int Param, int First, int Second, int Grad>
+static void update(const uint8_t* const (&from)[4], const float (&scales)[4], int64_t n, const AdamScalars& s,
+                   Values& values) {
     const F shrink = floats(s.shrink), decay = floats(s.weight_decay), beta1 = floats(s.beta1), rest1 = floats(s.rest1);
     const F beta2 = floats(s.beta2), rest2 = floats(s.rest2), correction2 = floats(s.correction2);
     const F eps = floats(s.eps), rate = floats(s.rate);
+    const F scale0 = floats(scales[0]), scale1 = floats(scales[1]), scale2 = floats(scales[2]), scale3 = floats(scales[3]);
+    const bool shrinks = s.weight_decay != 0 && s.decoupled, adds = s.weight_decay != 0 && !s.decoupled;
     const I lanes = lane_numbers();
-    I amax_param = I{}, amax_first = I{}, amax_second = I{};
-    for (int64_t i = 0; i < n; i += LANES) {
-        F param = load<F>(values.param + i), grad = load<F>(values.grad + i);
-        F first = load<F>(values.first + i), second = load<F>(values.second + i);
-        if (s.weight_decay != 0) {
-            if constexpr (Decoupled)
-                param = param * shrink;
-            else
-                grad = grad + param * decay;
+    I amax[3] = {};
+    for (int64_t i = 0; i < n; i += GROUP) {
+        Group params, firsts, seconds, grads;
+        decode<Param>(from[0] + i * SIZE[Param], params);
+        decode<First>(from[1] + i * SIZE[First], firsts);
+        decode<Second>(from[2] + i * SIZE[Second], seconds);
+        decode<Grad>(from[3] + i * SIZE[Grad], grads);
+        for (int k = 0; k < 4; ++k) {
+            F param = params[k] * scale0, first = firsts[k] * scale1, second = seconds[k] * scale2;
+            F grad = grads[k] * scale3;
+            if (shrinks) param = param * shrink;
+            if (adds) grad = grad + param * decay;
+            first = first * beta1 + grad * rest1;
+            second = second * beta2 + (grad * grad) * rest2;
+            const F denominator = square_root(second) / correction2 + eps;
+            param = param - (first / denominator) * rate;
+            const int64_t place = i + k * LANES;
+            store(values.param + place, param);
+            store(values.first + place, first);
+            store(values.second + place, second);
+            amax[0] = larger(magnitude_below(param, lanes, n - place), amax[0]);
+            amax[1] = larger(magnitude_below(first, lanes, n - place), amax[1]);
+            amax[2] = larger(magnitude_below(second, lanes, n - place), amax[2]);
         }
-        first = first * beta1 + grad * rest1;
-        second = second * beta2 + (grad * grad) * rest2;
-        const F denominator = square_root(second) / correction2 + eps;
-        param = param - (first / denominator) * rate;
-        store(values.param + i, param);
-        store(values.first + i, first);
-        store(values.second + i, second);
-        const I new_param = magnitude_below(param, lanes, n - i), new_first = magnitude_below(first, lanes, n - i);
-        const I new_second = magnitude_below(second, lanes, n - i);
-        amax_param = new_param > amax_param ? new_param : amax_param;
-        amax_first = new_first > amax_first ? new_first : amax_first;
-        amax_second = new_second > amax_second ? new_second : amax_second;
     }
-    values.amax[0] = largest_lane(amax_param);
-    values.amax[1] = largest_lane(amax_first);
-    values.amax[2] = largest_lane(amax_second);
+    for (int k = 0; k < 3; ++k) values.amax[k] = largest_lane(amax[k]);
 }
 
-static void read_values(Values& values, const Adam& adam, int64_t start, int64_t n, int64_t block) {
-    float* const targets[4] = {values.param, values.first, values.second, values.grad};
+typedef void (*Update)(const uint8_t* const (&)[4], const float (&)[4], int64_t, const AdamScalars&, Values&);
+
+// The update that reads the payloads itself, for the formats that the levels store in; null for any other four.
+static Update direct_update(const Adam& adam) {
+    static const struct {
+        int types[4];
+        Update update;
+    } KNOWN[] = {
+        {{FP16, E4M3, FP16, E4M3}, update<FP16, E4M3, FP16, E4M3>},  // O2
+        {{FP16, E4M3, FP16, BF16}, update<FP16, E4M3, FP16, BF16>},  // O2, accumulated
+        {{FP16, FP32, FP32, E4M3}, update<FP16, FP32, FP32, E4M3>},  // O1
+        {{FP16, FP32, FP32, BF16}, update<FP16, FP32, FP32, BF16>},
+        {{FP32, FP32, FP32, BF16}, update<FP32, FP32, FP32, BF16>},  // O0
+        {{FP32, FP32, FP32, FP32}, update<FP32, FP32, FP32, FP32>},
+    };
+    for (const auto& known : KNOWN) {
+        bool equal = true;
+        for (int k = 0; k < 4; ++k) equal &= known.types[k] == adam.stored[k].type;
+        if (equal) return known.update;
+    }
+    return nullptr;
+}
+
+// The update of elements [start, start + n), which are tile `tile`.
+static void update_tile(const Adam& adam, Update direct, int64_t start, int64_t n, int64_t tile, Values& values) {
+    const uint8_t* from[4];
+    float scales[4];
     for (int k = 0; k < 4; ++k) {
         const Stored& stored = adam.stored[k];
-        DECODERS[stored.type][FP32](stored.payload + start * SIZE[stored.type], (uint8_t*)targets[k], n,
-                                    stored.scale_inv[stored.per_tile ? block : 0]);
+        from[k] = stored.payload + start * SIZE[stored.type];
+        scales[k] = stored.scale_inv[stored.per_tile ? tile : 0];
     }
+    if (direct && n % GROUP == 0) return direct(from, scales, n, adam.scalars, values);
+    float* const staged[4] = {values.param, values.first, values.second, values.grad};
+    for (int k = 0; k < 4; ++k) {
+        DECODERS[adam.stored[k].type][FP32](from[k], (uint8_t*)staged[k], n, scales[k]);
+        from[k] = (const uint8_t*)staged[k];
+        scales[k] = 1.0f;
+    }
+    update<FP32, FP32, FP32, FP32>(from, scales, n, adam.scalars, values);
 }
 
 static void write_values(const Values& values, const Adam& adam, int64_t start, int64_t n, int64_t block) {
@@ -632,17 +706,11 @@ static void write_values(const Values& values, const Adam& adam, int64_t start, 
 static void adam_range(Adam& adam, int64_t low, int64_t high, bool write) {
     Values values = {};
     uint32_t amax[3] = {0, 0, 0};
-    for (int64_t start = low; start < high;) {
-        const Run run = adam.grid.run(start, high);
-        const int64_t n = run.end - start;
-        read_values(values, adam, start, n, run.block);
-        if (adam.scalars.decoupled)
-            update<true>(values, n, adam.scalars);
-        else
-            update<false>(values, n, adam.scalars);
+    const Update direct = direct_update(adam);
+    for (Run run(adam.grid, low, high); run.start < high; run.next()) {
+        update_tile(adam, direct, run.start, run.length(), run.block, values);
         for (int k = 0; k < 3; ++k) amax[k] = values.amax[k] > amax[k] ? values.amax[k] : amax[k];
-        if (write) write_values(values, adam, start, n, run.block);
-        start = run.end;
+        if (write) write_values(values, adam, run.start, run.length(), run.block);
     }
     for (int k = 0; k < 3; ++k) raise_to(&adam.stored[k].amax, amax[k]);
 }
