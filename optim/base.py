@@ -30,8 +30,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: a subclass names its states' roles and gives :meth:`update`.
 
     Matrices that the conversion made ScalingTensors keep their states as ``policy`` says; every other parameter (norms,
-    biases, skipped modules) keeps FP32 states. Where the parameter holds the compute weight alone, its master is one
-    more state, ``master_weight``.
+    biases, skipped modules) keeps FP32 states. Where the parameter holds the compute weight alone, or plain values in
+    another dtype than FP32, its master is one more state, ``master_weight``.
 
     A step with a non-finite gradient changes nothing, is counted in ``skipped_steps`` and logged. ``seed`` starts the
     random stream of stochastic rounding, which also depends on parameter, step and role, and on nothing else.
@@ -106,9 +106,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if not isinstance(grad, ScalingTensor):
             return kernels.amax(grad.contiguous(), WHOLE)  # type: ignore[union-attr]
         rule = self.policy[Role.GRAD_WEIGHT]
-        if grad.format is not rule.format and rule.format.scaled:
+        if grad.format != rule.format and rule.format.scaled:
             grad.replace_(quantize(grad.dequantize(torch.float32), rule))
-        return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE)
+        return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE) * grad.scale_inv
 
     def _step_parameter(self, param: Tensor, group: Group, index: int) -> None:
         state = self._initialized(param)
@@ -139,7 +139,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             noise = Noise(self.seed, *where, role.index)
         if isinstance(tensor, ScalingTensor):
             return Operand(tensor.payload, tensor.scale_inv, tensor.block, noise)
-        return Operand(tensor, torch.ones(1, 1, dtype=torch.float32, device=tensor.device), WHOLE, None)
+        # a gradient may have any dtype; the others are FP32 here, so that this is the tensor itself and no copy
+        return Operand(tensor.float(), torch.ones(1, 1, dtype=torch.float32, device=tensor.device), WHOLE, None)
 
     # --- states -----------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         return state
 
     def _keeps_master(self, param: Tensor) -> bool:
-        return isinstance(param, ScalingTensor) and self.policy.parameter is not Role.MASTER_WEIGHT
+        """Whether the parameter is not its own master: a compute weight, or a plain one in another dtype than FP32."""
+        if isinstance(param, ScalingTensor):
+            return self.policy.parameter is not Role.MASTER_WEIGHT
+        return param.dtype != torch.float32
 
     def stored(self, param: Tensor, value: Tensor, role: Role) -> Tensor:
         """A state of ``param`` as it is kept: per the policy for a converted matrix, plain FP32 for anything else."""
@@ -167,14 +171,19 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def adopt(self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None) -> None:
         """Take over the states of an optimizer that has stepped, and the master of a weight that is now stored."""
-        # torch's SGD counts no steps, but its buffer says that there was one
-        taken: State = {"step": int(states.get("step", 1 if states else 0))}
+        taken: State = {"step": _steps(states)}
         for name, role in self.roles.items():
             if states.get(name) is not None:
                 taken[name] = self.stored(param, states[name], role)
         if original is not None and self._keeps_master(param):
             taken["master_weight"] = self.stored(param, original, Role.MASTER_WEIGHT)
         self.state[param].update(taken)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"a {type(self).__name__} belongs to the model it was initialized with and is neither copied nor pickled; "
+            "copy or save amp.state_dict(model, optimizer)"
+        )
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -189,35 +198,55 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
         Unlike torch's own method it never casts a state to the parameter's dtype: a second moment of 1e-9 would be 0.
         """
-        groups, saved = self.param_groups, state_dict["param_groups"]
-        sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved))
+        self.check_state(state_dict)
+        for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in old.items() if key != "params"})
+        self.state.clear()
+        for param, saved in self._saved(state_dict):
+            self._load_parameter(param, saved)
+        self.seed = int(state_dict.get("seed", self.seed))
+        self.skipped_steps = int(state_dict.get("skipped_steps", 0))
+
+    def check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError unless :meth:`load_state_dict` can take all of ``state_dict``; nothing is written."""
+        sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (self.param_groups, state_dict["param_groups"]))
         if sizes != saved_sizes:
             raise ValueError(
                 f"a saved optimizer state must have the same parameter groups, got sizes {saved_sizes} for {sizes}; "
                 "build the optimizer as it was when the state was saved"
             )
-        for group, old in zip(groups, saved, strict=True):
-            group.update({key: value for key, value in old.items() if key != "params"})
-        index_of = [index for old in saved for index in old["params"]]
-        self.state.clear()
-        for (param, _), index in zip(self._parameters(), index_of, strict=True):
-            if index in state_dict["state"]:
-                self._load_parameter(param, state_dict["state"][index])
-        self.seed = int(state_dict.get("seed", self.seed))
-        self.skipped_steps = int(state_dict.get("skipped_steps", 0))
+        for param, saved in self._saved(state_dict):
+            names = set(saved) - {"step", "master_weight"}
+            if names and names != set(self.roles):
+                raise ValueError(
+                    f"a saved optimizer state must be of a {type(self).__name__}, whose states are "
+                    f"{', '.join(self.roles)}, got {', '.join(sorted(names))}; build the optimizer of the checkpoint"
+                )
+            for name, value in saved.items():
+                if name != "step" and value is not None and value.shape != param.shape:
+                    raise ValueError(
+                        f"the state {name!r} of a parameter must have its shape {tuple(param.shape)}, got "
+                        f"{tuple(value.shape)}; the checkpoint is of another model"
+                    )
+
+    def _saved(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, Mapping[str, Any]]]:
+        """Each parameter that has a saved state, and the state."""
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        pairs = zip(self._parameters(), indices, strict=True)
+        return ((param, state_dict["state"][i]) for (param, _), i in pairs if i in state_dict["state"])
 
     def _load_parameter(self, param: Tensor, saved: Mapping[str, Any]) -> None:
-        state: State = {"step": int(saved["step"])}
+        state: State = {"step": _steps(saved)}
         for name, role in (*self.roles.items(), ("master_weight", Role.MASTER_WEIGHT)):
             value = saved.get(name)
             if value is None or (name == "master_weight" and not self._keeps_master(param)):
                 continue
-            if value.shape != param.shape:
-                raise ValueError(
-                    f"the state {name!r} of a parameter must have its shape {tuple(param.shape)}, got "
-                    f"{tuple(value.shape)}; the checkpoint is of another model"
-                )
             fresh = self.stored(param, torch.zeros(param.shape, device=param.device), role)
             fresh.copy_(value)
             state[name] = fresh
         self.state[param] = state
+
+
+def _steps(states: Mapping[str, Any]) -> int:
+    # torch's SGD counts no steps, but its buffer says that there was one
+    return int(states.get("step", 1 if states else 0))

@@ -25,12 +25,13 @@ _REFUSED = ("amsgrad", "maximize", "differentiable")
 
 def check(optimizer: torch.optim.Optimizer) -> type[LowPrecisionOptimizer]:
     """The class of ours that does what ``optimizer`` does; raises TypeError or ValueError where there is none."""
-    ours = _OURS.get(type(optimizer))
+    derived = type(optimizer) if isinstance(optimizer, LowPrecisionOptimizer) else None
+    ours = _OURS.get(type(optimizer), derived)
     if ours is None:
         known = ", ".join(f"{cls.__module__.partition('.')[0]}.optim.{cls.__name__}" for cls in _OURS)
         raise TypeError(
             f"an optimizer must be one of {known}, got {type(optimizer).__module__}.{type(optimizer).__name__}; "
-            "build one of these, or derive from msamp_like.optim.LowPrecisionOptimizer and use it directly"
+            "build one of these, or derive yours from msamp_like.optim.LowPrecisionOptimizer"
         )
     for group in optimizer.param_groups:
         for option in _REFUSED:
