@@ -2,6 +2,7 @@
 
 from msamp_like.nn.clip_grad import clip_grad_norm_
 from msamp_like.nn.conversion import convert, restore
-from msamp_like.nn.linear import Fp8Linear, LinearGemm
+from msamp_like.nn.functional import LinearGemm
+from msamp_like.nn.linear import Fp8Linear
 
 __all__ = ["Fp8Linear", "LinearGemm", "clip_grad_norm_", "convert", "restore"]

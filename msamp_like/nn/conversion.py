@@ -6,14 +6,15 @@ Identity is kept: the module objects stay, and so do the parameter objects, whos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msamp_like.nn.linear import Fp8Linear, LinearGemm
+from msamp_like.nn.functional import LinearGemm
+from msamp_like.nn.linear import Fp8Linear
 from msamp_like.policy import Policy
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, unscaled
@@ -70,7 +71,7 @@ def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
         if module.sparse or module.max_norm is not None:
             return made("plain", "an embedding with sparse gradients or max_norm keeps plain weights")
         return _checked(made("lookup", "a lookup has no product; its states follow the level"), module.weight)
-    if torch.nn.parameter.is_lazy(module.weight):
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return made("plain", "its shape is unknown before a first forward pass; run one, then initialize")
     if type(module) is not nn.Linear:
         return made("plain", f"{type(module).__name__} may read its weight in a way of its own")
@@ -89,7 +90,7 @@ def _checked(wanted: Plan, weight: Tensor) -> Plan:
     return wanted
 
 
-def convert(model: nn.Module, policy: Policy) -> dict[nn.Parameter, Tensor]:
+def convert(model: nn.Module, policy: Policy) -> dict[Tensor, Tensor]:
     """Convert ``model`` in place; returns each converted parameter with its FP32 values before conversion.
 
     Linears become :class:`Fp8Linear`, their weights and those of embeddings become ScalingTensors as
@@ -103,7 +104,7 @@ def convert(model: nn.Module, policy: Policy) -> dict[nn.Parameter, Tensor]:
             f"the policy {policy.name} takes; loosen its overrides, or train it without amp"
         )
     check_swappable((f"{p.name}.weight", p.module.weight) for p in plans)
-    originals: dict[nn.Parameter, Tensor] = {}
+    originals: dict[Tensor, Tensor] = {}
     for p in plans:
         weight: nn.Parameter = p.module.weight  # type: ignore[assignment]
         if not isinstance(weight, ScalingTensor):
@@ -125,7 +126,7 @@ def _convert_linear(p: Plan, policy: Policy) -> None:
     module.gemm.train(module.training)
 
 
-def check_swappable(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+def check_swappable(parameters: Iterable[tuple[str, Any]]) -> None:
     """Raise RuntimeError unless the contents of all (name, parameter) can be exchanged: each is, there and back."""
     for name, parameter in parameters:
         probe = nn.Parameter(parameter.detach(), parameter.requires_grad)
@@ -175,10 +176,3 @@ def restore(model: nn.Module) -> nn.Module:
     for _, parameter in stored:
         _swap(parameter, parameter.dequantize())
     return model
-
-
-def gemms(model: nn.Module) -> Iterator[tuple[str, LinearGemm]]:
-    """(name, gemm) of every converted weight, each weight once."""
-    for name, module in model.named_modules():
-        if isinstance(module, LinearGemm):
-            yield name, module

@@ -11,7 +11,7 @@ the parameter, the sum of several once, when it is sent or stepped.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,36 @@ from torch.profiler import record_function
 from msamp_like import kernels
 from msamp_like.formats import BF16
 from msamp_like.kernels import Operand
+from msamp_like.policy import Policy, Role
+from msamp_like.scaling import Scaler
 from msamp_like.tensor import ScalingTensor, unscaled
 
-if TYPE_CHECKING:
-    from msamp_like.nn.linear import LinearGemm
+
+class LinearGemm(torch.nn.Module):
+    """The rules and scalers of one weight's three products.
+
+    The layer holds it as a submodule, so that ``model.to(device)`` and ``model.eval()`` reach it; the weight holds it
+    too, so that ``F.linear`` with that weight, from wherever it is called, is the same computation.
+    """
+
+    def __init__(self, policy: Policy, name: str = "linear") -> None:
+        super().__init__()
+        self.name = name
+        self.weight_rule = policy[Role.WEIGHT]
+        self.input = Scaler(policy[Role.INPUT])
+        self.grad_output = Scaler(policy[Role.GRAD_OUTPUT])
+
+    def weight_operand(self, weight: ScalingTensor) -> Operand:
+        """The compute copy of the weight, made once an optimizer step."""
+        rule = self.weight_rule
+        return weight.cast(rule.format, rule.block, rule.margin, rule.power_of_two)
+
+    def linear(self, input: Tensor, weight: ScalingTensor, bias: Tensor | None) -> Tensor:
+        """What ``F.linear(input, weight, bias)`` does with this weight."""
+        return linear(input, weight, bias, self)
+
+    def extra_repr(self) -> str:
+        return f"weight: {self.weight_rule}"
 
 
 def linear(input: Tensor, weight: ScalingTensor, bias: Tensor | None, gemm: LinearGemm) -> Tensor:
