@@ -9,6 +9,7 @@ difference of their training losses, step by step, is the difference of their ar
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,11 +104,15 @@ def draw(directories: Sequence[Path], out: Path) -> None:
     FigureCanvasAgg(figure)  # no window, no global state
     grid = figure.subplots(2 if compared else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + compared])
     top = grid[0, 0]
-    for (summary, lines), colour in zip(runs, COLOURS * len(runs)):
+    for number, ((summary, lines), colour) in enumerate(zip(runs, COLOURS * len(runs)), start=1):
         name = f"{summary['level']}, seed {summary['seed']}"
         top.plot(*_curve(lines, "loss"), color=colour, linewidth=0.7, alpha=0.45, label=f"{name}: training")
+        # curves that agree would hide each other: the yardstick lies wide and below
+        below = {"linewidth": 5, "alpha": 0.5, "zorder": 2} if compared and number == len(runs) else {"linewidth": 2}
         label = f"{name}: validation, {summary['validation_loss']:.4f}"
-        top.plot(*_curve(lines, "validation_loss"), color=colour, linewidth=2.2, marker="o", markersize=4, label=label)
+        top.plot(
+            *_curve(lines, "validation_loss"), "o-", color=colour, label=label, markersize=4, **{"zorder": 3, **below}
+        )
     summary = runs[-1][0]
     top.set_title(
         f"GPT {summary['preset']}, {summary['parameters'] / 1e6:.1f} M parameters, "
@@ -128,12 +133,17 @@ def draw(directories: Sequence[Path], out: Path) -> None:
 
 def _draw_differences(axes: Any, runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
     base_summary, base_lines = runs[-1]
+    everything = [0.02, 0.02]
     for (_, lines), colour in zip(runs[:-1], COLOURS * len(runs)):
         for key, style in (("loss", {"linewidth": 0.7, "alpha": 0.45}), ("validation_loss", {"linewidth": 2.2})):
             base = dict(zip(*_curve(base_lines, key)))
-            points = [(step, loss - base[step]) for step, loss in zip(*_curve(lines, key)) if step in base]
-            axes.plot(*zip(*points), color=colour, **style)
+            steps = [step for step in _curve(lines, key)[0] if step in base]
+            differences = [loss - base[step] for step, loss in zip(*_curve(lines, key)) if step in base]
+            axes.plot(steps, differences, color=colour, **style)
+            everything += [abs(difference) for difference in differences]
     axes.axhline(0, color="#444444", linewidth=0.8)
+    limit = 1.5 * statistics.quantiles(everything, n=20)[-1]  # one spike of a young model would flatten all the rest
+    axes.set_ylim(-limit, limit)
     axes.set_ylabel(f"minus {base_summary['level']} (nats)")
 
 

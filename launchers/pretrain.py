@@ -35,7 +35,7 @@ from msamp_like.launchers.run import FIGURE, Progress, Run, environment, peak_me
 from msamp_like.launchers.settings import Configurable, as_dict, dump, parse
 from msamp_like.models.gpt import GPT, PRESETS, GPTConfig
 
-LEARNING_RATES = {"tiny": 3e-3, "small": 1e-3, "125M": 6e-4, "7B": 3e-4, "13B": 3e-4, "175B": 3e-5}
+LEARNING_RATES = {"tiny": 2e-3, "small": 1e-3, "125M": 6e-4, "7B": 3e-4, "13B": 3e-4, "175B": 3e-5}
 """Peak learning rate of each preset: Table 1 of the paper from 125M up."""
 
 LAST = 20
@@ -76,8 +76,8 @@ class Settings(Configurable):
     dtype: Literal["bf16", "fp32"] = "bf16"  # Autocast of what is not in FP8.
     compile: bool = False  # Compile the model with torch.compile.
 
-    eval_every: int = 100  # Steps between validations; the last step always validates.
-    eval_batches: int = 64  # Batches of held-out text; the same at every level and world size.
+    eval_every: int = 50  # Steps between validations; the last step always validates.
+    eval_batches: int = 32  # Batches of held-out text; the same at every level and world size.
     eval_batch_size: int = 4  # Sequences of one of them.
     save_every: int = 500  # Steps between checkpoints; the last step saves too (0: never).
 
