@@ -90,6 +90,16 @@ class Scaler(torch.nn.Module):
             self.pending.copy_(torch.maximum(self.pending, amax.view(torch.int32)))
         return Operand(payload, scale_inv, rule.block)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scaler:
+        """A model that was initialized on the meta device gets memory here, which holds anything but an empty
+        history."""
+        empty = any(buffer.is_meta for buffer in self.buffers())
+        super()._apply(fn, recurse)
+        if empty:
+            for buffer in self.buffers():
+                buffer.zero_()
+        return self
+
     def state(self) -> dict[str, Any]:
         """What a resume needs; the same on every rank after :func:`roll`."""
         if not self.rule.history:
