@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -50,10 +50,20 @@ class _Wiring:
         self.policy = policy
         self.plans = tuple(plans)
         self.reducer = reducer
+        self.rounded: list[Tensor] = []
         self.removable: list[Any] = []
 
+    def round_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Have the first gradient of each of the parameters stored as the policy says."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self.rounded.append(parameter)
+                self.removable.append(parameter.register_hook(_rounds_first(parameter, self.policy[Role.GRAD_WEIGHT])))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Wiring:
-        return _Wiring(self.policy, [copy.deepcopy(plan, memo) for plan in self.plans])
+        made = _Wiring(self.policy, [copy.deepcopy(plan, memo) for plan in self.plans])
+        made.round_gradients(copy.deepcopy(self.rounded, memo))
+        return made
 
 
 class Converted:
@@ -109,9 +119,7 @@ def initialize(
     originals = conversion.convert(model, policy)
     wiring = _Wiring(policy, plans)
     _adopt_class(model, wiring)
-    for parameter in originals:
-        if parameter.requires_grad:
-            wiring.removable.append(parameter.register_hook(_rounds_first(parameter, policy[Role.GRAD_WEIGHT])))
+    wiring.round_gradients(originals)
     optimizers = [from_torch(source, policy, originals, seed) for source in sources]
     if data_parallel and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
         wiring.reducer = DataParallel(
@@ -166,7 +174,7 @@ def _adopt_class(model: nn.Module, wiring: _Wiring) -> None:
 def _rounds_first(parameter: Tensor, rule: Rule) -> Callable[[Tensor], Tensor]:
     def rounded(grad: Tensor) -> Tensor:
         """The first micro-batch's gradient is stored as the rule says; later ones add to it in BF16."""
-        if parameter.grad is not None or (isinstance(grad, ScalingTensor) and grad.format is rule.format):
+        if parameter.grad is not None or (isinstance(grad, ScalingTensor) and grad.format == rule.format):
             return grad
         stored = quantize(real(grad), rule)
         return ScalingTensor(stored.payload, stored.scale_inv, stored.block, grad.dtype)
