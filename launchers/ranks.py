@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_HEAD_START_S = 3.0
+_HEAD_START_S = 30.0
+"""Longer than the first rank takes to leave a busy machine; torchrun ends the others as soon as it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
