@@ -32,27 +32,27 @@ GATE = 0.01
 BLOCK = (1, 128)
 
 
-def stochastic(policy: Policy, *roles: Role) -> Policy:
-    """The policy with stochastic rounding for some roles."""
-    for role in roles:
-        rule = policy[role]
-        policy = policy.with_rule(role, Rule(format=rule.format, block=rule.block, rounding="stochastic"))
+def nearest(policy: Policy) -> Policy:
+    """The policy with every state rounded to nearest."""
+    for role in (Role.MASTER_WEIGHT, Role.FIRST_MOMENT, Role.SECOND_MOMENT):
+        policy = policy.with_rule(role, Rule(format=policy[role].format, block=policy[role].block))
     return policy
 
 
 VARIANTS: dict[str, Callable[[], Policy]] = {
     "O0": lambda: O0,
     "O2": lambda: O2,
-    "broken: FP8 master weights": lambda: O2.with_rule(Role.MASTER_WEIGHT, "e4m3"),
+    "broken: FP8 master weights": lambda: O2.with_rule(Role.MASTER_WEIGHT, Rule(format=E4M3, block=BLOCK)),
+    "O2, FP8 master weights, stochastic": lambda: O2.with_rule(Role.MASTER_WEIGHT, "e4m3"),
     "O1": lambda: O1,
     "O2, current scaling": lambda: O2.with_recipe("current"),
     "O2, head in FP8 too": lambda: O2.override({"lm_head": "fp8"}),
     "O2, first and last block in BF16": lambda: O2.override({"blocks.0.*": "bf16", "blocks.3.*": "bf16"}),
     "O2, no FP8 products": lambda: O2.override({"*": "bf16"}),
     "O2, embedding and head with FP32 states": lambda: O2.override({"embed": "skip", "lm_head": "skip"}),
-    "O2, FP8 second moment": lambda: O2.with_rule(Role.SECOND_MOMENT, Rule(format=E4M3, block=BLOCK)),
-    "O2, stochastic rounding of both moments": lambda: stochastic(O2, Role.FIRST_MOMENT, Role.SECOND_MOMENT),
-    "O2, stochastic rounding of the master": lambda: stochastic(O2, Role.MASTER_WEIGHT),
+    "O2, FP8 second moment, stochastic": lambda: O2.with_rule(Role.SECOND_MOMENT, "e4m3"),
+    "O2, FP8 second moment, nearest": lambda: O2.with_rule(Role.SECOND_MOMENT, Rule(format=E4M3, block=BLOCK)),
+    "O2, everything to nearest": lambda: nearest(O2),
     "O2, per-tensor states": lambda: (
         O2.with_rule(Role.MASTER_WEIGHT, Rule(format=FP16))
         .with_rule(Role.FIRST_MOMENT, Rule(format=E4M3))

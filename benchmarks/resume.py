@@ -43,8 +43,7 @@ def forget_histories(source: Path, target: Path) -> None:
         if scaler:
             scaler["filled"] = 0
             scaler["history"].zero_()
-    identity = json.loads((source / "checkpoint.json").read_text())["identity"]
-    checkpoint.save(target, state, identity=identity)
+    checkpoint.save(target, state, identity=checkpoint.read_identity(source))
 
 
 def compare(world: int, level: str, folder: Path) -> dict[str, Any]:
