@@ -47,7 +47,8 @@ def from_torch(
 
     ``originals`` are the FP32 values of the converted parameters, from which masters are made.
     """
-    made = check(optimizer)(optimizer.param_groups, policy=policy, seed=seed)
+    ours: Any = check(optimizer)  # each has its own hyperparameters, which the groups hold already
+    made: LowPrecisionOptimizer = ours(optimizer.param_groups, policy=policy, seed=seed)
     made.defaults = {**optimizer.defaults}
     for group in made.param_groups:
         for param in group["params"]:
