@@ -283,3 +283,12 @@ def test_scaled_operands_reach_the_kernels():
     tensor = quantize(torch.randn(4, 4), Rule(format=E4M3))
     assert isinstance(tensor, ScalingTensor)
     assert tensor.operand == Operand(tensor.payload, tensor.scale_inv, tensor.block)
+
+
+def test_profiler_ranges_name_the_layer_and_the_phase():
+    model = amp.initialize(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))[0]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(torch.randn(4, 16, requires_grad=True)).sum().backward()
+    found = {event.key for event in profile.key_averages()}
+    phases = ("quantize input and weight", "output", "quantize grad_output", "grad_input", "grad_weight")
+    assert {f"{layer}/{phase}" for layer in ("0", "2") for phase in phases} <= found
