@@ -11,7 +11,7 @@ NATIVE = Extension(
     depends=["msamp_like/kernels/cpu_kernels.h"],
     extra_compile_args=[
         *("-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions"),
-        *("-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+        *("-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
     language="c++",
     optional=True,  # with no compiler the installation succeeds and the reference kernels run

@@ -1,9 +1,9 @@
 // The CPU twin of reference.py: the same bytes, at the speed of memory.
 //
-// A plain C interface, loaded by cpu.py through ctypes. The kernels stand in cpu_kernels.h and are compiled three times:
-// AVX-512, AVX2 with F16C, and whatever the compiler's baseline is; the processor picks one when the library is loaded.
-// OpenMP is used but not linked: cpu.py makes the runtime that torch already brought visible first, so that one pool of
-// threads serves both.
+// A plain C interface, loaded by cpu.py through ctypes. The kernels stand in cpu_kernels.h and are compiled three
+// times: AVX-512, AVX2 with F16C, and whatever the compiler's baseline is; the processor picks one when the library is
+// loaded. OpenMP is used but not linked: cpu.py makes the runtime that torch already brought visible first, so that one
+// pool of threads serves both.
 
 #include <stdint.h>
 #include <string.h>
@@ -29,7 +29,8 @@ constexpr int32_t largest_bits(int type) {
 template <int Format>
 struct Spec {
     static constexpr int32_t largest = largest_bits(Format);
-    static constexpr int mantissa = Format == FP32 ? 23 : Format == BF16 ? 7 : Format == FP16 ? 10 : Format == E4M3 ? 3 : 2;
+    static constexpr int mantissa =
+        Format == FP32 ? 23 : Format == BF16 ? 7 : Format == FP16 ? 10 : Format == E4M3 ? 3 : 2;
     static constexpr int smallest_field = Format == E4M3 ? 121 : Format == FP32 || Format == BF16 ? 1 : 113;
     static constexpr float step = Format == E4M3 ? 0x1p-9f : 0x1p-16f;  // of the subnormals of the 8-bit formats
     // Below this exponent field, 2^-(bits of a step) would leave FP32: BF16 values under 2^-119 share one step.
@@ -342,8 +343,8 @@ EXPORT void msamp_quantize(const uint8_t* x, int in, float* scale_inv, uint8_t* 
     cast_all(cast, kernels(simd).quantize, threads);
 }
 
-EXPORT void msamp_quantize_current(const uint8_t* x, int in, float* scale_inv, uint8_t* payload, int out, uint32_t* amax,
-                                   const Noise* noise, int margin, int power_of_two, int64_t rows, int64_t columns,
+EXPORT void msamp_quantize_current(const uint8_t* x, int in, float* scale_inv, uint8_t* payload, int out,
+                                   uint32_t* amax, const Noise* noise, int margin, int power_of_two, int64_t rows, int64_t columns,
                                    int64_t block_rows, int64_t block_columns, int simd, int threads) {
     Cast cast{{rows, columns, block_rows, block_columns}, in, out, x, payload, scale_inv, amax, noise,
               {out, margin, power_of_two != 0}};
@@ -372,8 +373,8 @@ EXPORT void msamp_dequantize(const uint8_t* payload, int in, float* scale_inv, u
 }
 
 // `stored` is param, first, second, grad. Tiles are (1, tile); an operand has one scale a tile or one in all.
-EXPORT void msamp_adam(Stored* stored, const AdamScalars* scalars, int64_t rows, int64_t columns, int64_t tile, int simd,
-                       int threads) {
+EXPORT void msamp_adam(Stored* stored, const AdamScalars* scalars, int64_t rows, int64_t columns, int64_t tile,
+                       int simd, int threads) {
     Adam adam{{rows, columns, 1, tile}, stored, *scalars};
     bool scales_unknown = false;
     for (int k = 0; k < 3; ++k) {
@@ -393,7 +394,8 @@ EXPORT void msamp_adam(Stored* stored, const AdamScalars* scalars, int64_t rows,
     for (int k = 0; k < 3; ++k)
         if (!stored[k].per_tile) {
             *stored[k].scale_inv = Rule{stored[k].type}.scale_inv(stored[k].amax);
-            // Without a scale nothing had to be known before writing, so only now is it seen that the tensor is flagged.
+            // Without a scale nothing had to be known before writing, so only now is it seen that the tensor is
+            // flagged.
             if (!finite(*stored[k].scale_inv)) memset(stored[k].payload, 0, adam.grid.numel * SIZE[stored[k].type]);
         }
 }

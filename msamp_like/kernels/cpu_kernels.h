@@ -108,7 +108,8 @@ INLINE void store_halves(uint8_t* to, const I (&codes)[4]) {
 }
 
 #if LANES == 16
-// 64 8-bit codes: every value is exact in BF16, so two lookups by magnitude give the two upper bytes of the FP32 number.
+// 64 8-bit codes: every value is exact in BF16, so two lookups by magnitude give the two upper bytes of the FP32
+// number.
 template <int Type>
 INLINE void decode_by_table(const uint8_t* from, Group& real) {
     alignas(64) static constexpr ByteTables<Type> TABLES;
@@ -218,9 +219,9 @@ INLINE __m512i gathered(__m512i a, __m512i b, __m512i c, __m512i d, __m512i inde
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-// The same as code_of for the 8-bit formats, in fewer operations. A number whose last bit is worth one step of the value's
-// binade is added, so that the adder rounds; its exponent gives the exponent of the code. Everything above the low byte of
-// a lane is ignored, and signs are put in for 64 elements at once.
+// The same as code_of for the 8-bit formats, in fewer operations. A number whose last bit is worth one step of the
+// value's binade is added, so that the adder rounds; its exponent gives the exponent of the code. Everything above the
+// low byte of a lane is ignored, and signs are put in for 64 elements at once.
 template <int Type>
 INLINE void encode_bytes(uint8_t* to, const Group& real) {
     constexpr int dropped = 23 - Spec<Type>::mantissa;
@@ -332,8 +333,8 @@ INLINE Q xor3(Q a, Q b, Q c) {
 #endif
 }
 
-// 16 random bits for each of the elements 8 * counter ... 8 * (counter + counters) - 1, in order. Writes whole groups of
-// LANES / 2 counters: `bits` needs room for 4 * LANES elements past the end.
+// 16 random bits for each of the elements 8 * counter ... 8 * (counter + counters) - 1, in order. Writes whole groups
+// of LANES / 2 counters: `bits` needs room for 4 * LANES elements past the end.
 static void random_bits(uint16_t* bits, uint64_t counter, int64_t counters, const Noise& noise) {
     constexpr int COUNTERS = LANES / 2;  // counters in one vector, one in each 64-bit lane
     uint64_t keys[10][2];
@@ -499,8 +500,9 @@ static const DecodeRun DECODERS[TYPES][3] = {
 
 // --- ranges: elements [low, high) of a tensor, cut into runs --------------------------------------------------------
 
-// quantize one run; the random bits are drawn a piece at a time so that they stay in the first-level cache. `start` is the
-// run's place in its tensor, which is what the random stream is indexed by. Returns the bits of amax if it was asked for.
+// quantize one run; the random bits are drawn a piece at a time so that they stay in the first-level cache. `start` is
+// the run's place in its tensor, which is what the random stream is indexed by. Returns the bits of amax if it was
+// asked for.
 static uint32_t quantize_run(int in, const uint8_t* x, int out, uint8_t* payload, int64_t start, int64_t n,
                              float scale_inv, const Noise* noise, bool with_amax) {
     if (!finite(scale_inv)) {
@@ -520,7 +522,8 @@ static uint32_t quantize_run(int in, const uint8_t* x, int out, uint8_t* payload
 
 typedef void (*Part)(const Cast&, int64_t, int64_t, uint8_t*);
 
-// Around the caches: a large result would only push out what the next step needs, and a plain store reads its line first.
+// Around the caches: a large result would only push out what the next step needs, and a plain store reads its line
+// first.
 static void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
     int64_t done = 0;
 #if LANES >= 8
@@ -535,7 +538,8 @@ static void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
     memcpy(to + done, from + done, bytes - done);
 }
 
-// Calls part(cast, low, high, to), `to` being where element `low` goes: the result itself, or a piece of cache to stream.
+// Calls part(cast, low, high, to), `to` being where element `low` goes: the result itself, or a piece of cache to
+// stream.
 static void staged(Part part, const Cast& cast, int64_t low, int64_t high) {
     const int64_t size = SIZE[cast.out];
     if (!cast.streams) return part(cast, low, high, cast.to + low * size);
@@ -610,15 +614,16 @@ INLINE F square_root(F value) {
 #endif
 }
 
-// reference.adam_update on `n` elements read from the payloads of param, first, second, grad, into `values`. Vectors are
-// read to the end of the last group; what stands past n is computed with and not counted.
+// reference.adam_update on `n` elements read from the payloads of param, first, second, grad, into `values`. Vectors
+// are read to the end of the last group; what stands past n is computed with and not counted.
 template <int Param, int First, int Second, int Grad>
 static void update(const uint8_t* const (&from)[4], const float (&scales)[4], int64_t n, const AdamScalars& s,
                    Values& values) {
     const F shrink = floats(s.shrink), decay = floats(s.weight_decay), beta1 = floats(s.beta1), rest1 = floats(s.rest1);
     const F beta2 = floats(s.beta2), rest2 = floats(s.rest2), correction2 = floats(s.correction2);
     const F eps = floats(s.eps), rate = floats(s.rate);
-    const F scale0 = floats(scales[0]), scale1 = floats(scales[1]), scale2 = floats(scales[2]), scale3 = floats(scales[3]);
+    const F scale0 = floats(scales[0]), scale1 = floats(scales[1]);
+    const F scale2 = floats(scales[2]), scale3 = floats(scales[3]);
     const bool shrinks = s.weight_decay != 0 && s.decoupled, adds = s.weight_decay != 0 && !s.decoupled;
     const I lanes = lane_numbers();
     I amax[3] = {};
@@ -691,14 +696,18 @@ static void update_tile(const Adam& adam, Update direct, int64_t start, int64_t 
     update<FP32, FP32, FP32, FP32>(from, scales, n, adam.scalars, values);
 }
 
-static void write_values(const Values& values, const Adam& adam, int64_t start, int64_t n, int64_t block) {
+static void write_values(const Values& values, const Adam& adam, int64_t start, int64_t n, int64_t tile) {
     const float* const sources[3] = {values.param, values.first, values.second};
+    float scales[3];
+    for (int k = 0; k < 3; ++k) {  // all three first: each is a chain of dependent operations
+        const Stored& stored = adam.stored[k];
+        scales[k] = stored.next_scale_inv;
+        if (stored.per_tile) scales[k] = stored.scale_inv[tile] = Rule{stored.type}.scale_inv(values.amax[k]);
+    }
     for (int k = 0; k < 3; ++k) {
         const Stored& stored = adam.stored[k];
-        float scale_inv = stored.next_scale_inv;
-        if (stored.per_tile) scale_inv = stored.scale_inv[block] = Rule{stored.type}.scale_inv(values.amax[k]);
-        quantize_run(FP32, (const uint8_t*)sources[k], stored.type, stored.payload + start * SIZE[stored.type], start, n,
-                     scale_inv, stored.noise, false);
+        uint8_t* payload = stored.payload + start * SIZE[stored.type];
+        quantize_run(FP32, (const uint8_t*)sources[k], stored.type, payload, start, n, scales[k], stored.noise, false);
     }
 }
 
