@@ -14,8 +14,8 @@ from triton.compiler import ASTSource
 
 from msamp_like.kernels import triton_adam, triton_casts
 
-_TILE = {"PADDED": 128, "ELEMENTS": 128, "GROUP": 16}
-_CURRENT = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": False, "ONE_TILE": True}
+_TILE = {"PADDED": 128, "ELEMENTS": 128, "GROUP": 16, "TILES": 1}
+_CURRENT = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": False}
 _NOISY = {"X_FORMAT": "fp32", "FORMAT": "fp16", "NOISY": True, "SHARED": True, "WITH_AMAX": True, "SINGLE": True}
 _DEQUANTIZE = {"FORMAT": "e4m3", "X_FORMAT": "bf16", "SINGLE": False}
 _STORED = {"PARAM": "fp16", "FIRST": "e4m3", "SECOND": "fp16", "GRAD": "e4m3"}

@@ -84,7 +84,7 @@ def _adam_kernel(
     FIRST: tl.constexpr, FIRST_BLOCKED: tl.constexpr, FIRST_NOISY: tl.constexpr,
     SECOND: tl.constexpr, SECOND_BLOCKED: tl.constexpr, SECOND_NOISY: tl.constexpr,
     GRAD: tl.constexpr, GRAD_BLOCKED: tl.constexpr, DECAY: tl.constexpr,
-    SHARED: tl.constexpr, PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr,
+    SHARED: tl.constexpr, PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     exists = blocks < num_blocks(rows, columns, block_rows, block_columns)

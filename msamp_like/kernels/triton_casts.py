@@ -55,13 +55,14 @@ def _store_amax(amax, largest, blocks, exists, SINGLE: tl.constexpr):
 @triton.jit
 def _amax_kernel(
     x, amax, rows, columns, block_rows, block_columns,
-    X_FORMAT: tl.constexpr, SINGLE: tl.constexpr, PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr,
+    X_FORMAT: tl.constexpr, SINGLE: tl.constexpr,
+    PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     exists = blocks < num_blocks(rows, columns, block_rows, block_columns)
     largest = tl.zeros((GROUP,), tl.int32)
-    for start in range(0, block_rows * PADDED, ELEMENTS):
-        elements = start + tl.arange(0, ELEMENTS)
+    for index in range(TILES):
+        elements = index * ELEMENTS + tl.arange(0, ELEMENTS)
         offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
         value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
         largest = tl.maximum(largest, tl.max(magnitude_bits(value), axis=1))
@@ -72,14 +73,15 @@ def _amax_kernel(
 def _quantize_kernel(
     x, scale_inv, payload, amax, rows, columns, block_rows, block_columns, seed, tensor, step, role,
     X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, NOISY: tl.constexpr, SHARED: tl.constexpr, WITH_AMAX: tl.constexpr,
-    SINGLE: tl.constexpr, PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr,
+    SINGLE: tl.constexpr,
+    PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     exists = blocks < num_blocks(rows, columns, block_rows, block_columns)
     scales = tl.load(scale_inv + (blocks * 0 if SINGLE else blocks), mask=exists, other=1.0)
     largest = tl.zeros((GROUP,), tl.int32)
-    for start in range(0, block_rows * PADDED, ELEMENTS):
-        elements = start + tl.arange(0, ELEMENTS)
+    for index in range(TILES):
+        elements = index * ELEMENTS + tl.arange(0, ELEMENTS)
         offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
         value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
         if WITH_AMAX:
@@ -87,7 +89,7 @@ def _quantize_kernel(
         random = 0
         if NOISY:
             random = random_bits(
-                blocks, start, rows, columns, block_rows, block_columns, seed, tensor, step, role,
+                blocks, index * ELEMENTS, rows, columns, block_rows, block_columns, seed, tensor, step, role,
                 SHARED, PADDED, ELEMENTS,
             )  # fmt: skip
         tl.store(payload + offsets, encode(scale_down(value, scales), random, FORMAT, NOISY), mask=inside)
@@ -99,31 +101,31 @@ def _quantize_kernel(
 def _quantize_current_kernel(
     x, payload, scale_inv, amax, rows, columns, block_rows, block_columns,
     X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, MARGIN: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, ONE_TILE: tl.constexpr,
+    PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """amax, scale and payload of blocks that no two programs share; ONE_TILE keeps the block in registers between."""
+    """amax, scale and payload of blocks that no two programs share; a block of one tile stays in registers."""
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     exists = blocks < num_blocks(rows, columns, block_rows, block_columns)
-    if ONE_TILE:
+    if TILES == 1:
         elements = tl.arange(0, ELEMENTS)
         offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
         value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
         largest = tl.max(magnitude_bits(value), axis=1)
     else:
         largest = tl.zeros((GROUP,), tl.int32)
-        for start in range(0, block_rows * PADDED, ELEMENTS):
-            elements = start + tl.arange(0, ELEMENTS)
+        for index in range(TILES):
+            elements = index * ELEMENTS + tl.arange(0, ELEMENTS)
             offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
             value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
             largest = tl.maximum(largest, tl.max(magnitude_bits(value), axis=1))
     scales = scale_inv_of(largest, FORMAT, MARGIN, POWER_OF_TWO)
     tl.store(amax + blocks, largest, mask=exists)
     tl.store(scale_inv + blocks, scales, mask=exists)
-    if ONE_TILE:
+    if TILES == 1:
         tl.store(payload + offsets, encode(scale_down(value, scales), 0, FORMAT, False), mask=inside)
     else:
-        for start in range(0, block_rows * PADDED, ELEMENTS):
-            elements = start + tl.arange(0, ELEMENTS)
+        for index in range(TILES):
+            elements = index * ELEMENTS + tl.arange(0, ELEMENTS)
             offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
             value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
             tl.store(payload + offsets, encode(scale_down(value, scales), 0, FORMAT, False), mask=inside)
@@ -133,7 +135,7 @@ def _quantize_current_kernel(
 def _quantize_from_amax_kernel(
     x, payload, scale_inv, amax, rows, columns, block_rows, block_columns,
     X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, MARGIN: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr,
+    PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Second pass of one scale a tensor: every program finds the same scale from the one amax, the first stores it."""
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
@@ -159,14 +161,14 @@ def _scale_inv_kernel(
 @triton.jit
 def _dequantize_kernel(
     payload, scale_inv, x, rows, columns, block_rows, block_columns,
-    FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, SINGLE: tl.constexpr, PADDED: tl.constexpr,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, SINGLE: tl.constexpr,
+    PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     exists = blocks < num_blocks(rows, columns, block_rows, block_columns)
     scales = tl.load(scale_inv + (blocks * 0 if SINGLE else blocks), mask=exists, other=1.0)
-    for start in range(0, block_rows * PADDED, ELEMENTS):
-        elements = start + tl.arange(0, ELEMENTS)
+    for index in range(TILES):
+        elements = index * ELEMENTS + tl.arange(0, ELEMENTS)
         offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
         value = decode(tl.load(payload + offsets, mask=inside, other=0), FORMAT) * scales[:, None]
         tl.store(x + offsets, convert(value, X_FORMAT), mask=inside)
@@ -272,7 +274,6 @@ def _quantize_current_into(
     else:
         largest = torch.empty_like(scale_inv)
         kernel = _quantize_current_kernel
-        constants["ONE_TILE"] = tiling.one_tile
     if x.numel() > 0:
         arguments = raw(x), raw(payload), scale_inv, raw(largest), *tiling.matrix
         launch(kernel, x, tiling.num_programs, *arguments, **constants)

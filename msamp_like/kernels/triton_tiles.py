@@ -1,8 +1,8 @@
 """How the Triton twins walk a tensor, and how they are launched.
 
 Every kernel sees a matrix of (rows, columns) in blocks of (block_rows, block_columns), ragged at the edges. A program
-takes GROUP blocks, and ELEMENTS of each at a time, as one (GROUP, ELEMENTS) tile. PADDED is block_columns rounded up to
-a power of two.
+takes GROUP blocks, and ELEMENTS of each at a time, as one (GROUP, ELEMENTS) tile, TILES times. PADDED is block_columns
+rounded up to a power of two.
 """
 
 # The compiler reads these sources: annotations stay objects, and a kernel argument has none.
@@ -111,8 +111,8 @@ class Tiling(NamedTuple):
         return triton.cdiv(triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns), self.group)
 
     @property
-    def one_tile(self) -> bool:
-        return self.matrix[2] * self.padded <= self.elements
+    def num_tiles(self) -> int:
+        return triton.cdiv(self.matrix[2] * self.padded, self.elements)
 
     @property
     def shared(self) -> bool:
@@ -123,7 +123,7 @@ class Tiling(NamedTuple):
     def options(self) -> dict[str, Any]:
         """Constants and launch options; contraction to a fused multiply-add would change last bits."""
         num_warps = min(16, max(4, self.group * self.elements // 1024))
-        constants = {"PADDED": self.padded, "ELEMENTS": self.elements, "GROUP": self.group}
+        constants = {"PADDED": self.padded, "ELEMENTS": self.elements, "GROUP": self.group, "TILES": self.num_tiles}
         return {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
 
 
@@ -141,6 +141,8 @@ def tile(shape: torch.Size | tuple[int, ...], block: Block) -> Tiling:
     elif block_rows == 1 and columns % block_columns == 0:
         rows, columns = 1, rows * columns
     padded = triton.next_power_of_2(block_columns)
+    if block_rows * padded >= 1 << 31:  # places in a block are 32-bit numbers
+        raise ValueError(f"a block holds fewer than 2^31 elements, got {block} of shape {tuple(shape)}; cut it smaller")
     elements = min(triton.next_power_of_2(block_rows * padded), MAX_TILE_ELEMENTS)
     group = max(1, TILE_ELEMENTS // elements)
     return Tiling((rows, columns, block_rows, block_columns), padded, elements, group, single)
