@@ -16,12 +16,11 @@ No figure of this file is measured yet: ``benchmarks/gpu.py`` does that.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from msamp_like.formats import E4M3, FP8_DTYPES
+from msamp_like.kernels.fp8_units import has_fp8_units
 from msamp_like.kernels.reference import Operand, transposed
 from msamp_like.kernels.triton_casts import dequantize
 
@@ -29,18 +28,6 @@ ALIGNMENT = 16
 """The FP8 units' rows are loaded 16 bytes at a time."""
 
 _PRODUCT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@functools.cache
-def has_fp8_units(device: torch.device) -> bool:
-    """Whether the device multiplies OCP E4M3 and E5M2: NVIDIA from capability 8.9, AMD gfx950 and gfx12.
-
-    AMD's gfx942 has FP8 units for another encoding (no negative zero, other bias), which would need other payloads.
-    """
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is not None:
-        return capability == (9, 5) or capability >= (12, 0)
-    return capability >= (8, 9)
 
 
 def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:

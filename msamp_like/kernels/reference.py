@@ -173,7 +173,9 @@ def round_stochastically(scaled: Tensor, format: Format, noise: Noise) -> Tensor
     bits = min(16, 23 - format.mantissa_bits)
     uniform = (random_bits(scaled.numel(), noise, scaled.device) >> (16 - bits)).float() * 2.0**-bits
     magnitude = scaled.abs().clamp(max=format.largest)
-    field = (magnitude.view(torch.int32) >> 23).clamp(min=_exponent_field(format))
+    # the unit of a binade, and its reciprocal, must be normal FP32 numbers: only BF16's smallest values are nearer to 0
+    smallest = max(_exponent_field(format), format.mantissa_bits + 1)
+    field = (magnitude.view(torch.int32) >> 23).clamp(min=smallest)
     steps_per_unit = ((254 + format.mantissa_bits - field) << 23).view(torch.float32)
     unit = ((field - format.mantissa_bits) << 23).view(torch.float32)
     steps = torch.floor(magnitude * steps_per_unit + uniform.view(scaled.shape))
@@ -238,7 +240,8 @@ def adam_update(param: Tensor, grad: Tensor, first: Tensor, second: Tensor, scal
     first = first * s.beta1 + grad * (1 - s.beta1)
     second = second * s.beta2 + (grad * grad) * (1 - s.beta2)
     correction1, correction2 = 1 - s.beta1**s.step, (1 - s.beta2**s.step) ** 0.5
-    denominator = second.sqrt() / correction2 + s.eps
+    root = second.double().sqrt().float()  # torch's FP32 square root is not correctly rounded on every CPU
+    denominator = root / correction2 + s.eps
     param = param - (first / denominator) * (s.lr / correction1)
     return [param, first, second]
 
