@@ -4,7 +4,7 @@
 
 The first micro-batch's gradient is stored in E4M3, from the second on the same ``.grad`` holds the sum in BF16, and it
 is rounded to E4M3 once, when it is sent. For one Fp8Linear, 1024 x 1024 on N(0, 1), 64 rows a micro-batch, and for
-every matrix of GPT ``tiny`` on text, one sequence a micro-batch:
+every matrix of GPT ``tiny`` on text, a sequence of 128 tokens a micro-batch:
 
     stored      against the exact (FP64) sum of the same micro-batches' gradients, which the layers give in BF16; at
                 least 28 dB, all matrices together: E4M3's own rounding leaves 31
@@ -56,10 +56,9 @@ def tiny() -> nn.Module:
 
 
 def text_backward() -> Backward:
-    """One sequence of the default corpus a micro-batch."""
-    context = PRESETS["tiny"].context
-    corpus = load_corpus(vocab_size=PRESETS["tiny"].vocab_size, context=context)
-    batches = Batches(tokens=corpus.train, context=context, batch_size=1, micro_batches=1, world=1, seed=0)
+    """One sequence of the default corpus a micro-batch, 128 tokens."""
+    corpus = load_corpus(vocab_size=PRESETS["tiny"].vocab_size, context=128)
+    batches = Batches(tokens=corpus.train, context=128, batch_size=1, micro_batches=1, world=1, seed=0)
 
     def backward(model: nn.Module, micro_batch: int) -> None:
         tokens, targets = batches(micro_batch, 0, 0)
@@ -130,7 +129,7 @@ def main() -> None:
     options = parser(__doc__, "docs/results/accumulation.json")
     options.add_argument("--micro-batches", type=int, nargs="+", default=[4, 16, 64])
     arguments = options.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     results: dict[str, Any] = {}
     print("model    micro-batches    stored     worst   training   control   (dB)")
     for name, build, backward in (("linear", linear, linear_backward), ("tiny", tiny, text_backward())):
