@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msamp_like import policy as policies
+from msamp_like.comm.collectives import CountedGroup, replicate
 from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.nn import conversion
 from msamp_like.nn.clip_grad import clip_grad_norm_
@@ -25,7 +26,7 @@ from msamp_like.policy import Policy, Role, Rule
 from msamp_like.scaling import Scaler, quantize, roll
 from msamp_like.telemetry import memory
 from msamp_like.telemetry.report import Report, make_report
-from msamp_like.tensor import ScalingTensor, real
+from msamp_like.tensor import ScalingTensor, real, unscaled
 
 __all__ = [
     "Converted",
@@ -115,13 +116,17 @@ def initialize(
     sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     _check(model, sources, overrides or {})
 
+    initialized = data_parallel and dist.is_available() and dist.is_initialized()
+    parallel = initialized and dist.get_world_size(process_group) > 1
+    if parallel:  # before conversion: masters are made from the values that every rank starts with
+        replicate([*model.named_parameters(), *model.named_buffers()], CountedGroup(process_group))
     plans = conversion.plan(model, policy)
     originals = conversion.convert(model, policy)
     wiring = _Wiring(policy, plans)
     _adopt_class(model, wiring)
     wiring.round_gradients(originals)
     optimizers = [from_torch(source, policy, originals, seed) for source in sources]
-    if data_parallel and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
+    if parallel:
         wiring.reducer = DataParallel(
             list(model.named_parameters()),
             list(model.named_buffers()),
@@ -173,8 +178,11 @@ def _adopt_class(model: nn.Module, wiring: _Wiring) -> None:
 
 def _rounds_first(parameter: Tensor, rule: Rule) -> Callable[[Tensor], Tensor]:
     def rounded(grad: Tensor) -> Tensor:
-        """The first micro-batch's gradient is stored as the rule says; later ones add to it in BF16."""
-        if parameter.grad is not None or (isinstance(grad, ScalingTensor) and grad.format == rule.format):
+        """The first micro-batch's gradient is stored as the rule says; from the second on ``.grad`` is a BF16 sum."""
+        held = parameter.grad
+        if isinstance(held, ScalingTensor) and held.format.scaled:
+            held.replace_(unscaled(real(held, torch.bfloat16), held.dtype))
+        if held is not None or (isinstance(grad, ScalingTensor) and grad.format == rule.format):
             return grad
         stored = quantize(real(grad), rule)
         return ScalingTensor(stored.payload, stored.scale_inv, stored.block, grad.dtype)

@@ -236,18 +236,21 @@ class TestCast:
 
 
 @pytest.mark.parametrize("format", SCALED, ids=str)
-def test_a_sum_is_bf16_with_scale_one(format):
-    """Accumulation: whatever the first gradient was stored in, the sum is rounded to BF16 (55 dB), not to FP8."""
+def test_a_new_sum_is_bf16_and_a_sum_in_place_is_stored_in_place(format):
+    """``weight.data.add_(noise)`` has to reach the weight, and leave it in its format; behaviour 17."""
     first, second = stored(16, 16, format=format), stored(16, 16, format=format)
     exact = first.dequantize() + second.dequantize()
     total = first + second
     assert total.format is BF16
     assert torch.equal(total.dequantize(), exact.bfloat16().float())
     first += second
-    assert same_bits(first, total)
-    third = stored(16, 16, format=format)
-    first.add_(third, alpha=-2)
-    assert torch.equal(first.dequantize(), (total.dequantize() - 2 * third.dequantize()).bfloat16().float())
+    assert same_bits(first, quantize(exact, rule_of(first)))
+    for _ in range(10):
+        addend, before = torch.randn(16, 16), first.dequantize()
+        first.data.add_(addend, alpha=-2)
+        assert same_bits(first, quantize(before + addend * -2, rule_of(first)))
+    total += second
+    assert total.format is BF16
 
 
 def test_sums_of_plain_and_scaling_tensors():
@@ -261,14 +264,14 @@ def test_sums_of_plain_and_scaling_tensors():
 
 @pytest.mark.parametrize("held", [False, True], ids=["stolen", "held by a hook"])
 def test_accumulates_in_grad(held):
-    """Autograd takes a gradient that nobody else holds, and copies one that somebody does."""
+    """Autograd takes a gradient that nobody else holds, and copies one that somebody does. A BF16 one stays BF16."""
     parameter = nn.Parameter(stored(4, 8, format=FP16))
-    sent, seen = [stored(4, 8) for _ in range(3)], []
-    for number, gradient in enumerate(sent):
+    sent, seen = [stored(4, 8, format=BF16) for _ in range(3)], []
+    for gradient in sent:
         if held:
             handle = parameter.register_hook(seen.append)
         torch.autograd.backward([parameter.clone()], [gradient.clone()])
-        assert parameter.grad.format is (BF16 if number else E4M3)
+        assert parameter.grad.format is BF16
         if held:
             handle.remove()
     first, second, third = (g.dequantize() for g in sent)

@@ -1,7 +1,7 @@
 """The table of operations that a ScalingTensor defines; every other raises.
 
 Views keep the shape, writes quantize with scales from the values written, a product with one number touches the scale
-alone, and a sum of gradients is BF16 until it is sent or stepped.
+alone, and a sum is BF16 where it makes a new tensor.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def _view(source: ScalingTensor, size: Sequence[int] | Tensor) -> ScalingTensor:
 def _keeps_shape(source: ScalingTensor, size: Sequence[int]) -> None:
     if list(size) != list(source.shape):
         raise NotImplementedError(
-            f"a view of a ScalingTensor keeps its shape {tuple(source.shape)}, got {list(size)}; call .dequantize()"
+            f"a view of a ScalingTensor keeps its shape {tuple(source.shape)}, got {list(size)}; call .dequantize(). "
+            "Torch's DistributedDataParallel asks for one: a model that amp.initialize converted under a process group "
+            "is data-parallel by itself, call it as it is and accumulate with model.no_sync()"
         )
 
 
@@ -153,7 +155,7 @@ def _scalar(value: Any, operation: str) -> Any:
 
 @_defines(aten.add.Tensor)
 def _add(a: Tensor, b: Tensor, alpha: float = 1) -> ScalingTensor:
-    """A sum of gradients: BF16 payload, scale 1. Rounded to the gradient's format once, when it is sent or stepped."""
+    """A new tensor, so in BF16 with scale 1: autograd's sum where a weight is used twice, rounded once when stored."""
     dtype = a.dtype if isinstance(a, ScalingTensor) else b.dtype
     return unscaled((real(a) + real(b) * alpha).to(BF16.dtype), dtype)
 
@@ -162,7 +164,7 @@ def _add(a: Tensor, b: Tensor, alpha: float = 1) -> ScalingTensor:
 def _add_(target: Tensor, other: Tensor, alpha: float = 1) -> Tensor:
     if not isinstance(target, ScalingTensor):
         return target.add_(real(other, target.dtype), alpha=alpha)
-    return target.replace_(_add(target, other, alpha))  # type: ignore[arg-type]
+    return target.store_(real(target) + real(other).to(target.device) * alpha)
 
 
 @_defines(aten.lerp_.Scalar)
