@@ -394,6 +394,16 @@ def test_equality_is_of_real_values():
     assert not torch.equal(tensor, tensor.clone().mul_(2))
 
 
+def test_a_model_moves_to_shared_memory():
+    model = nn.ParameterList([stored(4, 4)])
+    before = model[0].detach().clone()
+    assert not model[0].is_shared()
+    model.share_memory()
+    assert model[0].is_shared()
+    assert model[0].scale_inv.is_shared()
+    assert same_bits(model[0].detach(), before)
+
+
 def test_to_an_empty_device_and_back_keeps_the_form():
     tensor = stored(4, 200, block=(1, 128)).to("meta")
     assert (tensor.device.type, tensor.payload.dtype, tensor.block) == ("meta", E4M3.dtype, (1, 128))

@@ -144,6 +144,15 @@ class ScalingTensor(torch.Tensor):
         self._casts = {}  # not cleared: an alias may share the old ones with the old storage
         return self
 
+    def share_memory_(self) -> ScalingTensor:
+        """Move the storage to shared memory; the wrapper has none of its own, and torch crashes looking for it."""
+        self.payload.share_memory_()
+        self.scale_inv.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.payload.is_shared()
+
     # --- torch ------------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:  # type: ignore[override]
