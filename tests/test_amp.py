@@ -313,6 +313,17 @@ def test_evaluation_enters_no_amax_and_changes_no_bit(mode):
     assert model[0].gemm.input.pending.item() != 0
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_recorded_without_gradients(mode):
+    """Also in training mode: a forward to look at activations is no training step."""
+    model, _ = initialized()
+    with mode():
+        model(batch(0))
+    assert model[0].gemm.input.pending.item() == 0
+    model(batch(0))
+    assert model[0].gemm.input.pending.item() != 0
+
+
 def test_a_deep_copy_is_a_model_of_its_own():
     model, optimizer = initialized(SHORT)
     train(model, optimizer, range(4))
