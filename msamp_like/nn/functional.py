@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
         )
         ctx.gemm, ctx.record = gemm, record
         ctx.blocks = stored_input.block, stored_weight.block
-        ctx.dtypes = input.dtype, weight.dtype
+        ctx.dtypes = dtype, input.dtype, weight.dtype
         with record_function(f"{gemm.name}/output"):
             return kernels.scaled_matmul(stored_input, stored_weight, "nt", dtype)
 
@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         input_payload, input_scale_inv, weight_payload, weight_scale_inv = ctx.saved_tensors
         input_block, weight_block = ctx.blocks
-        input_dtype, weight_dtype = ctx.dtypes
+        dtype, input_dtype, weight_dtype = ctx.dtypes
         name = ctx.gemm.name
         with record_function(f"{name}/quantize grad_output"):
             stored_grad = ctx.gemm.grad_output.quantize(grad_output, ctx.record)
@@ -104,7 +104,8 @@ class _Linear(torch.autograd.Function):
         if weight_payload is not None:
             operand = Operand(weight_payload, weight_scale_inv, weight_block)
             with record_function(f"{name}/grad_input"):
-                grad_input = kernels.scaled_matmul(stored_grad, operand, "nn", input_dtype)
+                # in the autocast dtype first, as autocast's own products are
+                grad_input = kernels.scaled_matmul(stored_grad, operand, "nn", dtype).to(input_dtype)
         if input_payload is not None:
             operand = Operand(input_payload, input_scale_inv, input_block)
             with record_function(f"{name}/grad_weight"):
