@@ -33,6 +33,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     biases, skipped modules) keeps FP32 states. Where the parameter holds the compute weight alone, or plain values in
     another dtype than FP32, its master is one more state, ``master_weight``.
 
+    ``amp.initialize`` connects an optimizer to its model's amax histories. One that is built directly on a converted
+    model steps it just so, but leaves the histories empty: every scale then comes from the tensor at hand.
+
     A step with a non-finite gradient changes nothing, is counted in ``skipped_steps`` and logged. ``seed`` starts the
     random stream of stochastic rounding, which also depends on parameter, step and role, and on nothing else.
     """
