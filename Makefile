@@ -1,7 +1,7 @@
 # What a person needs, and nothing else: `make` alone lists it. Everything happens in .venv; nothing is installed outside.
 #
 #   PYTHON   the interpreter that makes .venv (3.10 to 3.13)
-#   TORCH    what pip installs first; arguments may follow: TORCH="torch==2.11.0 --index-url ..."
+#   TORCH    what pip installs first; pip's options may follow: TORCH="torch==2.11.0 ..."
 #   PY       an interpreter to use as it is: nothing is created or installed (`make gpu PY=python3`)
 #   STEPS    steps of each of the two runs of `make train`
 
