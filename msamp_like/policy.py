@@ -156,6 +156,13 @@ class Policy:
             return self
         return replace(self, rules={**self.rules, **dict.fromkeys(GEMM_ROLES, Rule(format=BF16))})
 
+    def held(self, module_name: str, *, in_fp8: bool) -> Rule:
+        """The rule of what a module's matrix holds: the parameter's, but a weight that no FP8 product reads is BF16
+        where the parameter is the WEIGHT itself, for its lookups and BF16 products would see the rounding."""
+        if self.parameter is Role.WEIGHT and not in_fp8:
+            return Rule(format=BF16)
+        return self.for_module(module_name).parameter_rule
+
     def override(self, overrides: Mapping[str, str]) -> Policy:
         """With more exceptions, each of which wins over those before it: ``override({"lm_head": "fp8"})``."""
         return replace(self, exceptions=(*self.exceptions, *overrides.items()))
@@ -233,7 +240,16 @@ O2 = replace(
 )
 """O1 with an E4M3 first and an FP16 second moment, each rounded so that a slow average still moves."""
 
-LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2)})
+O3 = replace(
+    O2,
+    name="O3",
+    parameter=Role.WEIGHT,
+    rules={**O2.rules, Role.PARTIAL_OUTPUT: Rule(format=E4M3, block=_STATE_BLOCK)},
+)
+"""O2 for several processes: the parameter is the E4M3 weight, its FP16 master lives with the rank that owns it, and
+what tensor and sequence parallelism exchange is E4M3 in blocks, whose scales travel with the codes."""
+
+LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2, O3)})
 
 
 def matches(module_name: str, pattern: str) -> bool:

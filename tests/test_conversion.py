@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from msamp_like import amp
 from msamp_like.formats import BF16, FP16
-from msamp_like.nn import Fp8Linear, convert, restore
-from msamp_like.policy import O0, O2
+from msamp_like.nn import Fp8Linear, ReadsAsBase, convert, restore
+from msamp_like.policy import O0, O2, O3
 from msamp_like.tensor import ScalingTensor, real
 from tests.closeness import same_bits, sqnr
 
@@ -373,3 +373,30 @@ class TestReport:
     def test_a_plain_model_has_none(self):
         with pytest.raises(ValueError, match="the model that amp.initialize returned, got a plain Linear"):
             amp.fp8_report(nn.Linear(2, 2))
+
+
+def test_where_the_parameter_is_the_compute_weight_only_those_of_fp8_products_are_fp8():
+    model = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 32), nn.Linear(32, 8))
+    convert(model, O3.override({"2": "bf16"}))
+    assert [layer.weight.format.name for layer in model] == ["bf16", "e4m3", "bf16"]
+
+
+class Doubled(ReadsAsBase, nn.Linear):
+    """A Linear with something around its product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * F.linear(input, self.weight, self.bias)
+
+
+def test_a_subclass_that_reads_its_weight_as_its_base_is_converted_and_keeps_its_forward():
+    model = nn.Sequential(Doubled(32, 32))
+    x = torch.randn(4, 32)
+    before = model(x)
+    convert(model, O2)
+    assert type(model[0]) is Doubled
+    assert isinstance(model[0].weight, ScalingTensor)
+    assert sqnr(model(x), before) > 25
+    restore(model)
+    assert type(model[0]) is Doubled
+    assert type(model[0].weight) is nn.Parameter
+    assert "gemm" not in dir(model[0])

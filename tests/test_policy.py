@@ -149,7 +149,7 @@ def test_numbers_of_roles_are_fixed():
 @pytest.mark.parametrize(
     ("build", "told"),
     [
-        (lambda: resolve("O9"), "level must be one of O0, O1, O2 or a Policy, got 'O9'"),
+        (lambda: resolve("O9"), "level must be one of O0, O1, O2, O3 or a Policy, got 'O9'"),
         (lambda: resolve("o2"), "did you mean 'O2'"),
         (lambda: resolve(None), "got None"),
         (lambda: resolve(["O2"]), "got .*O2"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msamp_like.nn.functional import LinearGemm
-from msamp_like.nn.linear import Fp8Linear
+from msamp_like.nn.linear import Fp8Linear, ReadsAsBase
 from msamp_like.policy import Policy
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, unscaled
@@ -67,19 +67,24 @@ def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
         return made("plain", "nn.MultiheadAttention multiplies by its matrices in a kernel of its own")
     if "weight" not in dict(module.named_parameters(recurse=False)):
         return made("plain", "its weight is computed: a parametrization, weight_norm or spectral_norm")
-    if type(module) is nn.Embedding:
+    if _is(module, nn.Embedding):
         if module.sparse or module.max_norm is not None:
             return made("plain", "an embedding with sparse gradients or max_norm keeps plain weights")
         return _checked(made("lookup", "a lookup has no product; its states follow the level"), module.weight)
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return made("plain", "its shape is unknown before a first forward pass; run one, then initialize")
-    if type(module) is not nn.Linear:
+    if not _is(module, nn.Linear):
         return made("plain", f"{type(module).__name__} may read its weight in a way of its own")
     if wanted == "bf16":
         return _checked(made("bf16", f"policy keeps {pattern!r} in bf16"), module.weight)
     if not policy.fp8_products:
         return _checked(made("bf16", f"level {policy.name} has no FP8 products"), module.weight)
     return _checked(made("fp8"), module.weight)
+
+
+def _is(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether the module reads its weight as ``cls`` does."""
+    return type(module) is cls or (isinstance(module, cls) and isinstance(module, ReadsAsBase))
 
 
 def _checked(wanted: Plan, weight: Tensor) -> Plan:
@@ -94,7 +99,7 @@ def convert(model: nn.Module, policy: Policy) -> dict[Tensor, Tensor]:
     """Convert ``model`` in place; returns each converted parameter with its FP32 values before conversion.
 
     Linears become :class:`Fp8Linear`, their weights and those of embeddings become ScalingTensors as
-    ``policy.parameter_rule`` says. Raises, before anything is changed, ValueError when there is nothing to convert
+    ``policy.held`` says. Raises, before anything is changed, ValueError when there is nothing to convert
     and RuntimeError when something else holds a weight's tensor.
     """
     plans = [p for p in plan(model, policy) if p.product != "plain"]
@@ -104,12 +109,16 @@ def convert(model: nn.Module, policy: Policy) -> dict[Tensor, Tensor]:
             f"the policy {policy.name} takes; loosen its overrides, or train it without amp"
         )
     check_swappable((f"{p.name}.weight", p.module.weight) for p in plans)
+    weight_in_fp8: dict[int, bool] = {}  # a tied weight: whether the product that reads it is
+    for p in plans:
+        weight_in_fp8[id(p.module.weight)] = p.product == "fp8" or weight_in_fp8.get(id(p.module.weight), False)
     originals: dict[Tensor, Tensor] = {}
     for p in plans:
         weight: nn.Parameter = p.module.weight  # type: ignore[assignment]
         if not isinstance(weight, ScalingTensor):
             originals[weight] = weight.detach().float().clone()
-            _swap(weight, quantize(weight.detach(), policy.parameter_rule))
+            rule = policy.held(p.name, in_fp8=weight_in_fp8[id(weight)])
+            _swap(weight, quantize(weight.detach(), rule))
     for p in plans:
         if p.product != "lookup":
             _convert_linear(p, policy)
@@ -121,7 +130,8 @@ def _convert_linear(p: Plan, policy: Policy) -> None:
     weight: ScalingTensor = module.weight
     if weight.gemm is None:  # two Linears with one weight share its scalers
         weight.gemm = LinearGemm(policy.for_module(p.name), p.name).to(weight.device)
-    module.__class__ = Fp8Linear
+    if not isinstance(module, ReadsAsBase):
+        module.__class__ = Fp8Linear
     module.gemm = weight.gemm
     module.gemm.train(module.training)
 
@@ -171,8 +181,9 @@ def restore(model: nn.Module) -> nn.Module:
     check_swappable(stored)
     for module in list(model.modules()):
         if isinstance(module, Fp8Linear):
-            del module.gemm
             module.__class__ = nn.Linear  # type: ignore[assignment]
+        if isinstance(getattr(module, "gemm", None), LinearGemm):
+            del module.gemm
     for _, parameter in stored:
         _swap(parameter, parameter.dequantize())
     return model

@@ -1,4 +1,4 @@
-"""Fp8Linear: ``nn.Linear`` with low-precision products."""
+"""Fp8Linear: ``nn.Linear`` with low-precision products; and what another layer says to be converted like it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from torch import Tensor
 
 from msamp_like.nn.functional import LinearGemm
 from msamp_like.tensor import ScalingTensor
+
+
+class ReadsAsBase:
+    """Mixed into a subclass of ``nn.Linear`` or ``nn.Embedding`` whose forward reads ``weight`` as its base does, in
+    ``F.linear`` or ``F.embedding`` alone: the conversion then takes the weight and leaves the forward as it is."""
 
 
 class Fp8Linear(torch.nn.Linear):
