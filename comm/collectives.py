@@ -28,6 +28,7 @@ from torch.profiler import record_function
 
 from msamp_like import kernels
 from msamp_like.comm.buckets import Layout
+from msamp_like.comm.group import CountedGroup
 from msamp_like.formats import ROW
 from msamp_like.policy import Rule
 from msamp_like.scaling import quantize
@@ -35,65 +36,6 @@ from msamp_like.tensor import ScalingTensor, real
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
-
-# PyTorch 2.13 renamed the function and warns at the old name; 2.11 has only the old one.
-_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-
-
-class CountedGroup:
-    """A process group whose collectives count the bytes that leave this rank, as the usual algorithms send them.
-
-    All-to-all and all-gather send each byte once to each rank that needs it; an all-reduce is counted as a ring's,
-    2 (world - 1) / world of the buffer.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.world = dist.get_world_size(group)
-        self.sent = 0
-
-    def all_to_all(self, x: Tensor, splits: Sequence[int] | None = None) -> tuple[Tensor, dist.Work]:
-        """Part r of dim 0 goes to rank r; (what arrives here from rank 0, 1, ..., the work to wait for).
-
-        Equal parts, or ``splits[r]`` rows for rank r; every rank has the same splits.
-        """
-        x = x.contiguous()
-        if splits is None:
-            received, own = torch.empty_like(x), x.shape[0] // self.world
-            work = dist.all_to_all_single(received, x, group=self.group, async_op=True)
-        else:
-            own = splits[self.rank]
-            received = x.new_empty(own * self.world, *x.shape[1:])
-            work = dist.all_to_all_single(
-                received, x, [own] * self.world, list(splits), group=self.group, async_op=True
-            )
-        self.sent += x.nbytes - x[:own].nbytes
-        return received, work
-
-    def all_gather(self, x: Tensor) -> tuple[Tensor, dist.Work]:
-        """(every rank's ``x`` along dim 0, the work to wait for)."""
-        x = x.contiguous()
-        gathered = x.new_empty(self.world * x.shape[0], *x.shape[1:])
-        work = _all_gather(gathered, x, group=self.group, async_op=True)
-        self.sent += x.nbytes * (self.world - 1)
-        return gathered, work
-
-    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> dist.Work:
-        """``x`` becomes the sum or maximum over all ranks, in place, once the work is waited for."""
-        work = dist.all_reduce(x, op=op, group=self.group, async_op=True)
-        self.sent += ring_bytes(x.nbytes, self.world)
-        return work
-
-    def broadcast(self, x: Tensor) -> None:
-        """``x`` becomes the first rank's, in place."""
-        dist.broadcast(x, group=self.group, group_src=0)
-        self.sent += x.nbytes if self.rank == 0 else 0
-
-
-def ring_bytes(buffer_bytes: int, world: int) -> int:
-    """Bytes that each rank sends in a ring all-reduce of a buffer."""
-    return -(-2 * (world - 1) * buffer_bytes // world)
 
 
 def finish(steps: Steps[T]) -> T:
@@ -119,11 +61,11 @@ def reduce_scatter_quantized(
     """
     with record_function(f"{label}/all_to_all"):
         code_bytes = payload.view(torch.uint8).view(layout.world, -1)
-        codes, codes_work = group.all_to_all(code_bytes)
+        codes, codes_work = group.all_to_all(code_bytes, label=label)
         ranges = layout.scale_ranges
         splits = [end - start for start, end in ranges]
         needed = torch.cat([scale_inv[start:end] for start, end in ranges])
-        scales, scales_work = group.all_to_all(needed, splits)
+        scales, scales_work = group.all_to_all(needed, splits, label=f"{label}/scales")
     yield
     with record_function(f"{label}/sum"):
         codes_work.wait()
@@ -151,14 +93,14 @@ def all_gather_quantized(
         amax[layout.own_scales] = torch.where(
             present, _amax_by_scale(values, layout.scale_index, present.numel()), -1.0
         )
-        work = group.all_reduce(amax, dist.ReduceOp.MAX)
+        work = group.all_reduce(amax, dist.ReduceOp.MAX, f"{label}/scales")
     yield
     with record_function(f"{label}/all_gather"):
         work.wait()
         scale_inv = kernels.scale_inv_from_amax(amax.clamp(min=0), rule.format, rule.margin, rule.power_of_two)
         line_scale = scale_inv[layout.own_scales].index_select(0, layout.scale_index).unsqueeze(1)
         codes = kernels.quantize(values, line_scale, rule.format, ROW)
-        gathered, work = group.all_gather(codes.view(torch.uint8))
+        gathered, work = group.all_gather(codes.view(torch.uint8), label=label)
     yield
     work.wait()
     return gathered.view(codes.dtype).view(layout.world, *codes.shape), scale_inv, amax >= 0
@@ -222,7 +164,7 @@ def check_same(lines: Sequence[str], group: CountedGroup, device: torch.device) 
     """Raises ValueError on every rank unless all have the same ``lines``; names the first that differs."""
     digest = hashlib.sha256("\n".join(lines).encode()).digest()
     own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
-    gathered, work = group.all_gather(own)
+    gathered, work = group.all_gather(own, label="check")
     work.wait()
     if bool((gathered.view(group.world, -1) == own).all()):
         return
@@ -246,7 +188,7 @@ def broadcast_from_first(tensors: Iterable[Tensor], group: CountedGroup, chunk_b
     with torch.no_grad():
         for chunk in _chunks(_stored(tensors), chunk_bytes):
             flat = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in chunk])
-            group.broadcast(flat)
+            group.broadcast(flat, "replicate")
             for tensor, raw in zip(chunk, flat.split([t.nbytes for t in chunk]), strict=True):
                 aligned = raw.clone()  # a slice may start where the dtype cannot
                 tensor.copy_(aligned.view(tensor.dtype).view(tensor.shape))

@@ -28,14 +28,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout, assign
-from msamp_like.comm.collectives import (
-    CountedGroup,
-    Steps,
-    all_reduce_quantized,
-    replicate,
-    ring_bytes,
-    stored_as,
-)
+from msamp_like.comm.collectives import Steps, all_reduce_quantized, replicate, stored_as
+from msamp_like.comm.group import CountedGroup, ring_bytes
 from msamp_like.formats import BF16
 from msamp_like.policy import Rule
 from msamp_like.tensor import ScalingTensor, real, unscaled
@@ -180,7 +174,7 @@ class DataParallel:
         self._running.clear()
         self._waiting = [len(bucket.parameters) for bucket in self._buckets]
         for group in (self.scaled_group, self.plain_group, self.scaler_group):
-            group.sent = 0
+            group.reset()
 
     @torch.no_grad()
     def _launch(self) -> None:
@@ -220,7 +214,7 @@ class DataParallel:
     def reduce_max(self, tensor: Tensor) -> None:
         """FP32 ``tensor`` becomes the maximum over all ranks, in place; NaN must have become +inf before."""
         if self.world > 1:
-            self.scaler_group.all_reduce(tensor, dist.ReduceOp.MAX).wait()
+            self.scaler_group.all_reduce(tensor, dist.ReduceOp.MAX, "scalers").wait()
 
     @property
     def wire(self) -> Wire:
@@ -295,7 +289,7 @@ def _reduce_plain(bucket: Bucket, group: CountedGroup) -> Steps[None]:
                     )
                 view.view(parameter.shape).copy_(real(parameter.grad, bucket.dtype))
                 present[position] = 1
-        work = group.all_reduce(flat.mul_(1.0 / group.world), dist.ReduceOp.SUM)
+        work = group.all_reduce(flat.mul_(1.0 / group.world), dist.ReduceOp.SUM, bucket.name)
     yield
     with record_function(f"{bucket.name}/write"):
         work.wait()

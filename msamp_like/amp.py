@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msamp_like import policy as policies
-from msamp_like.comm.collectives import CountedGroup, replicate
+from msamp_like.comm.collectives import replicate
 from msamp_like.comm.data_parallel import DataParallel
+from msamp_like.comm.group import CountedGroup
 from msamp_like.nn import conversion
 from msamp_like.nn.clip_grad import clip_grad_norm_
 from msamp_like.nn.conversion import Plan

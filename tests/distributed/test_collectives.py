@@ -9,15 +9,14 @@ from torch import Tensor
 from msamp_like import kernels
 from msamp_like.comm.buckets import Layout, assign
 from msamp_like.comm.collectives import (
-    CountedGroup,
     all_gather_quantized,
     all_reduce_fp8,
     broadcast_from_first,
     check_same,
     finish,
     reduce_scatter_quantized,
-    ring_bytes,
 )
+from msamp_like.comm.group import CountedGroup, ring_bytes
 from msamp_like.formats import E4M3, E5M2, FP16, ROW, WHOLE
 from msamp_like.policy import Rule
 from msamp_like.scaling import quantize

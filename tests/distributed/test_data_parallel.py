@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from msamp_like import amp
-from msamp_like.comm.collectives import ring_bytes
 from msamp_like.comm.data_parallel import DataParallel
+from msamp_like.comm.group import ring_bytes
 from msamp_like.formats import E4M3
 from msamp_like.policy import O0, O2, Role, Rule
 from msamp_like.scaling import quantize

@@ -1,0 +1,139 @@
+"""A process group that counts what leaves this rank, and says which collective failed.
+
+Every collective of the package goes through one of these, so the ledger of a step is complete: by collective, label and
+mesh axis, how many calls and how many bytes. Bytes are counted as the usual algorithms send them:
+
+    all-to-all, all-gather    each byte once to each rank that needs it
+    all-reduce                as in a ring, 2 (world - 1) / world of the buffer
+    broadcast                 world - 1 copies, by the rank that has it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# PyTorch 2.13 renamed the function and warns at the old name; 2.11 has only the old one.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """One line of a ledger: how often a collective was called under a label, and the bytes this rank sent in it."""
+
+    axis: str
+    collective: str
+    label: str
+    calls: int = 0
+    sent: int = 0
+
+
+class Pending:
+    """A collective under way; :meth:`wait` raises RuntimeError naming the collective, its label and the rank."""
+
+    def __init__(self, work: dist.Work | None, what: str) -> None:
+        self.work = work
+        self.what = what
+
+    def wait(self) -> None:
+        """Returns when the result is there (on CUDA: when the current stream will see it)."""
+        if self.work is None:
+            return
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.what} did not complete: {error}; a rank has stopped, restart all of them"
+            ) from error
+
+
+class CountedGroup:
+    """The ranks of one mesh ``axis``: stock collectives, each counted.
+
+    ``group`` is a process group, or None for the world. A group of one rank sends nothing and calls nothing.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, axis: str = "dp") -> None:
+        self.group = group
+        self.axis = axis
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+        self._entries: dict[tuple[str, str], Entry] = {}
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank sent since the last :meth:`reset`."""
+        return sum(entry.sent for entry in self._entries.values())
+
+    @property
+    def ledger(self) -> list[Entry]:
+        """What was sent since the last :meth:`reset`, by collective and label."""
+        return list(self._entries.values())
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self._entries.clear()
+
+    def _count(self, collective: str, label: str, sent: int) -> str:
+        entry = self._entries.setdefault((collective, label), Entry(axis=self.axis, collective=collective, label=label))
+        entry.calls += 1
+        entry.sent += sent
+        return f"{collective} {label!r} of rank {self.rank} of {self.world} on axis {self.axis!r}"
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        splits: Sequence[int] | None = None,
+        received_splits: Sequence[int] | None = None,
+        label: str = "",
+    ) -> tuple[Tensor, Pending]:
+        """Part r of dim 0 goes to rank r; (what arrives here from rank 0, 1, ..., the work to wait for).
+
+        Equal parts; or ``splits[r]`` rows for rank r, where every rank has the same splits; or, with
+        ``received_splits`` too, any that fit together.
+        """
+        x = x.contiguous()
+        if splits is None:
+            received, own = torch.empty_like(x), x.shape[0] // self.world
+            work = dist.all_to_all_single(received, x, group=self.group, async_op=True)
+        else:
+            own = splits[self.rank]
+            arriving = list(received_splits) if received_splits is not None else [own] * self.world
+            received = x.new_empty(sum(arriving), *x.shape[1:])
+            work = dist.all_to_all_single(received, x, arriving, list(splits), group=self.group, async_op=True)
+        what = self._count("all_to_all", label, x.nbytes - x[:own].nbytes)
+        return received, Pending(work, what)
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None, label: str = "") -> tuple[Tensor, Pending]:
+        """(every rank's ``x`` along dim 0, the work to wait for); ``sizes[r]`` is rank r's dim 0 where they differ."""
+        x = x.contiguous()
+        if sizes is None or len(set(sizes)) == 1:
+            gathered = x.new_empty(self.world * x.shape[0], *x.shape[1:])
+            work = _all_gather(gathered, x, group=self.group, async_op=True)
+        else:  # no backend gathers parts of different sizes; an all-to-all of copies sends the same bytes
+            gathered = x.new_empty(sum(sizes), *x.shape[1:])
+            copies = x.repeat(self.world, *[1] * (x.dim() - 1))
+            work = dist.all_to_all_single(
+                gathered, copies, list(sizes), [x.shape[0]] * self.world, group=self.group, async_op=True
+            )
+        what = self._count("all_gather", label, x.nbytes * (self.world - 1))
+        return gathered, Pending(work, what)
+
+    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType, label: str = "") -> Pending:
+        """``x`` becomes the sum or maximum over all ranks, in place, once the work is waited for."""
+        work = dist.all_reduce(x, op=op, group=self.group, async_op=True)
+        return Pending(work, self._count("all_reduce", label, ring_bytes(x.nbytes, self.world)))
+
+    def broadcast(self, x: Tensor, label: str = "") -> None:
+        """``x`` becomes the first rank's, in place."""
+        work = dist.broadcast(x, group=self.group, group_src=0, async_op=True)
+        Pending(work, self._count("broadcast", label, x.nbytes * (self.world - 1) if self.rank == 0 else 0)).wait()
+
+
+def ring_bytes(buffer_bytes: int, world: int) -> int:
+    """Bytes that each rank sends in a ring all-reduce of a buffer."""
+    return -(-2 * (world - 1) * buffer_bytes // world)
