@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from msamp_like.nn.linear import Fp8Linear, ReadsAsBase
 from msamp_like.policy import Policy
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, unscaled
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
     return _checked(made("fp8"), module.weight)
 
 
-def _is(module: nn.Module, cls: type[nn.Module]) -> bool:
+def _is(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
     """Whether the module reads its weight as ``cls`` does."""
     return type(module) is cls or (isinstance(module, cls) and isinstance(module, ReadsAsBase))
 
