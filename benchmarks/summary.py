@@ -151,13 +151,13 @@ def table(results: Path) -> list[str]:
     for name, (file, rows) in ROWS.items():
         result = json.loads((results / file).read_text())
         link = f"[`{name}`](docs/results/{file})"
-        missed = "" if result.get("reached", True) else "**not shown yet**, " if "provenance" in result else "missed, "
+        missed = "" if result.get("reached", True) else "missed, "
         lines += [f"| {figure} | {target} | {measured} | {missed}{link} |" for figure, target, measured in rows(result)]
     return lines
 
 
 def variants(results: Path) -> list[str]:
-    """What each choice costs in loss: the runs of loss_gap beside O0's of the same seeds."""
+    """What the level costs in loss: the runs of loss_gap beside O0's of the same seeds."""
     result = json.loads((results / "loss_gap.json").read_text())
     lines = ["| policy | seeds | validation loss minus O0's, nats | mean |", "|---|---|---|---|"]
     for name, row in result["summary"].items():
