@@ -3,9 +3,9 @@
 A buffer of scaled tensors is a matrix of *lines*. All elements of a line share one scale, so one kernel call handles a
 whole bucket, however many small tensors are in it:
 
-    bucket (world, lines, width):   rank r owns bucket[r], its shard
-    tensor, one scale:              its elements in order, the last line padded with zeros
-    tensor, blocks (r, c):          row by row, each row padded to a multiple of the width c
+    bucket (lines, width):    a range of lines for each rank, its shard: all as long, or whole tensors with their owners
+    tensor, one scale:        its elements in order, the last line padded with zeros
+    tensor, blocks (r, c):    row by row, each row padded to a multiple of the width c
 
 The padding costs at most ``width - 1`` elements a tensor, or a row of a tensor with blocks.
 """
@@ -58,14 +58,22 @@ class Slot:
 
 
 class Layout:
-    """The lines of tensors of the given shapes and one block, and which scale each line has.
+    """The lines of tensors of the given shapes and one block, which rank has which, and which scale each line has.
 
-    ``scale_index`` (lines,) is the scale of each line of this rank's shard, counted from the first scale that the shard
-    needs; ``scale_ranges[r]`` says which scales of the bucket those are for rank r.
+    Without ``owners`` the lines are cut into equal shards, the last padded. With them tensor i lies wholly in the shard
+    of rank ``owners[i]``; tensors then come in the order of their owners. ``line_splits[r]`` is the length of rank r's
+    shard, ``scale_ranges[r]`` says which scales of the bucket it needs, and ``scale_index`` (lines of the own shard,)
+    which of those each line has.
     """
 
     def __init__(
-        self, shapes: Sequence[torch.Size], block: Block, world: int, rank: int, device: torch.device | None = None
+        self,
+        shapes: Sequence[torch.Size],
+        block: Block,
+        world: int,
+        rank: int,
+        device: torch.device | None = None,
+        owners: Sequence[int] | None = None,
     ) -> None:
         self.world = world
         self.width = block[1] if block[1] > 0 else LINE
@@ -76,16 +84,22 @@ class Layout:
             self.slots.append(slot)
             line, scale = line + slot.num_lines, scale + slot.num_scales
         self.num_scales = scale
-        self.lines = max(1, -(-line // world))
-        self.tail = (world * self.lines - line) * self.width
-        owners = torch.full((world * self.lines,), max(0, scale - 1))  # the last tensor's also past its end
+        self.line_splits = [max(1, -(-line // world))] * world if owners is None else self._owned(owners)
+        self.tail = (sum(self.line_splits) - line) * self.width
+        self.own_slots = [] if owners is None else [s for s, r in zip(self.slots, owners, strict=True) if r == rank]
+        scale_of_line = torch.full((sum(self.line_splits),), max(0, scale - 1))  # the last tensor's also past its end
         for slot in self.slots:
-            owners[slot.first_line : slot.first_line + slot.num_lines] = _scales_of_lines(slot, block)
-        shards = owners.view(world, self.lines)
-        low, high = shards.amin(dim=1).tolist(), shards.amax(dim=1).tolist()
-        self.scale_ranges: list[tuple[int, int]] = [(a, b + 1) for a, b in zip(low, high, strict=True)]
+            scale_of_line[slot.first_line : slot.first_line + slot.num_lines] = _scales_of_lines(slot, block)
+        shards = scale_of_line.split(self.line_splits)
+        self.scale_ranges = [(int(s.min()), int(s.max()) + 1) if len(s) else (0, 0) for s in shards]
         self.own_scales = slice(*self.scale_ranges[rank])
-        self.scale_index = (shards[rank] - low[rank]).to(device)
+        self.scale_index = (shards[rank] - self.own_scales.start).to(device)
+
+    def _owned(self, owners: Sequence[int]) -> list[int]:
+        return [
+            sum(slot.num_lines for slot, owner in zip(self.slots, owners, strict=True) if owner == rank)
+            for rank in range(self.world)
+        ]
 
     def _slot(self, shape: torch.Size, block: Block, line: int, scale: int) -> Slot:
         rows, columns = (1, math.prod(shape)) if block == WHOLE else matrix_shape(shape)
@@ -103,7 +117,7 @@ class Layout:
     def pack(
         self, stored: Sequence[ScalingTensor | None], format: Format, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Payloads in their places, (world, lines, width), and all scales, (scales,); both 0 for None, and between."""
+        """Payloads in their places, (lines, width), and all scales, (scales,); both 0 for None, and between."""
         parts: list[Tensor] = []
         scales: list[Tensor] = []
         for slot, tensor in zip(self.slots, stored, strict=True):
@@ -117,15 +131,20 @@ class Layout:
             parts.append(code_bytes.view(-1))
             scales.append(tensor.scale_inv.view(-1))
         parts.append(torch.zeros(self.tail * format.bytes, dtype=torch.uint8, device=device))
-        return torch.cat(parts).view(format.dtype).view(self.world, self.lines, self.width), torch.cat(scales)
+        return torch.cat(parts).view(format.dtype).view(-1, self.width), torch.cat(scales)
 
     def unpack(self, bucket: Tensor, scale_inv: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each tensor's payload and grid of scales: views, but for a payload whose rows are padded, which is copied."""
-        *parts, _ = bucket.view(-1).split([*(slot.num_lines * self.width for slot in self.slots), self.tail])
-        grids = scale_inv.split([slot.num_scales for slot in self.slots])
-        return [
-            (slot.cut(part), grid.view(slot.grid)) for slot, part, grid in zip(self.slots, parts, grids, strict=True)
-        ]
+        return self._cut(self.slots, bucket.view(-1)[: bucket.numel() - self.tail], scale_inv)
+
+    def unpack_own(self, shard: Tensor, scale_inv: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The same of the tensors that this rank owns, from its shard and its scales."""
+        return self._cut(self.own_slots, shard.view(-1), scale_inv)
+
+    def _cut(self, slots: Sequence[Slot], elements: Tensor, scale_inv: Tensor) -> list[tuple[Tensor, Tensor]]:
+        parts = elements.split([slot.num_lines * self.width for slot in slots])
+        grids = scale_inv.split([slot.num_scales for slot in slots])
+        return [(slot.cut(part), grid.view(slot.grid)) for slot, part, grid in zip(slots, parts, grids, strict=True)]
 
 
 def _scales_of_lines(slot: Slot, block: Block) -> Tensor:

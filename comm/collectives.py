@@ -55,13 +55,12 @@ def reduce_scatter_quantized(
 ) -> Steps[tuple[Tensor, Tensor]]:
     """The FP32 mean of this rank's shard of a packed bucket, and which of its scales any rank sent.
 
-    ``payload`` (world, lines, width) and ``scale_inv`` (scales,) are this rank's own; a scale of 0 says that this rank
-    has nothing for those elements, which then count as zeros. Returns (lines, width) FP32 and, over
-    ``layout.own_scales``, bool. Sends (world - 1) / world of the codes and of the scales.
+    ``payload`` (lines, width) and ``scale_inv`` (scales,) are this rank's own; a scale of 0 says that this rank has
+    nothing for those elements, which then count as zeros. Returns (lines of the shard, width) FP32 and, over
+    ``layout.own_scales``, bool. Sends the codes and scales of all shards but its own.
     """
     with record_function(f"{label}/all_to_all"):
-        code_bytes = payload.view(torch.uint8).view(layout.world, -1)
-        codes, codes_work = group.all_to_all(code_bytes, label=label)
+        codes, codes_work = group.all_to_all(payload.view(torch.uint8), layout.line_splits, label=label)
         ranges = layout.scale_ranges
         splits = [end - start for start, end in ranges]
         needed = torch.cat([scale_inv[start:end] for start, end in ranges])
@@ -70,7 +69,7 @@ def reduce_scatter_quantized(
     with record_function(f"{label}/sum"):
         codes_work.wait()
         scales_work.wait()
-        shards = codes.view(payload.dtype).view(payload.shape)
+        shards = codes.view(payload.dtype).view(layout.world, -1, layout.width)
         scales = scales.view(layout.world, -1)
         line_scales = scales.index_select(1, layout.scale_index).unsqueeze(2)
         total = kernels.dequantize(shards[0], line_scales[0], ROW, torch.float32)
@@ -85,8 +84,8 @@ def all_gather_quantized(
     """Every rank's shard of FP32 values on all ranks, quantized with scales that all agree on.
 
     ``values`` (lines, width) and ``present`` are as :func:`reduce_scatter_quantized` returns them. Returns the payload
-    (world, lines, width), the scales (scales,), +inf where a value was not finite, and which scales any rank sent.
-    Sends (world - 1) / world of the codes, and one FP32 amax a scale in a MAX all-reduce.
+    (lines of all, width), the scales (scales,), +inf where a value was not finite, and which scales any rank sent.
+    Sends the codes of its shard to each other rank, and one FP32 amax a scale in a MAX all-reduce.
     """
     with record_function(f"{label}/amax"):
         amax = torch.full((layout.num_scales,), -1.0, device=values.device)  # below every amax: no rank sent this scale
@@ -97,13 +96,29 @@ def all_gather_quantized(
     yield
     with record_function(f"{label}/all_gather"):
         work.wait()
-        scale_inv = kernels.scale_inv_from_amax(amax.clamp(min=0), rule.format, rule.margin, rule.power_of_two)
-        line_scale = scale_inv[layout.own_scales].index_select(0, layout.scale_index).unsqueeze(1)
-        codes = kernels.quantize(values, line_scale, rule.format, ROW)
-        gathered, work = group.all_gather(codes.view(torch.uint8), label=label)
+        scale_inv, codes = _quantized_lines(values, amax[layout.own_scales], layout, rule)
+        gathered, work = group.all_gather(codes.view(torch.uint8), layout.line_splits, label)
     yield
     work.wait()
-    return gathered.view(codes.dtype).view(layout.world, *codes.shape), scale_inv, amax >= 0
+    scale_inv = kernels.scale_inv_from_amax(amax.clamp(min=0), rule.format, rule.margin, rule.power_of_two)
+    return gathered.view(codes.dtype), scale_inv, amax >= 0
+
+
+def quantize_own(values: Tensor, present: Tensor, layout: Layout, rule: Rule) -> list[tuple[Tensor, Tensor]]:
+    """What :func:`reduce_scatter_quantized` returns, as (payload, scales) of each tensor that this rank owns.
+
+    The same bits as :func:`all_gather_quantized` gives, for an owner has all of a tensor: there is nothing to agree on.
+    """
+    amax = _amax_by_scale(values, layout.scale_index, present.numel())
+    scale_inv, codes = _quantized_lines(values, amax, layout, rule)
+    return layout.unpack_own(codes, scale_inv)
+
+
+def _quantized_lines(values: Tensor, amax: Tensor, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The shard's scales (scales of the shard,) and its codes (lines, width)."""
+    scale_inv = kernels.scale_inv_from_amax(amax.clamp(min=0), rule.format, rule.margin, rule.power_of_two)
+    line_scale = scale_inv.index_select(0, layout.scale_index).unsqueeze(1)
+    return scale_inv, kernels.quantize(values, line_scale, rule.format, ROW)
 
 
 def _amax_by_scale(values: Tensor, index: Tensor, num_scales: int) -> Tensor:
@@ -188,7 +203,7 @@ def broadcast_from_first(tensors: Iterable[Tensor], group: CountedGroup, chunk_b
     with torch.no_grad():
         for chunk in _chunks(_stored(tensors), chunk_bytes):
             flat = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in chunk])
-            group.broadcast(flat, "replicate")
+            group.broadcast(flat, label="replicate")
             for tensor, raw in zip(chunk, flat.split([t.nbytes for t in chunk]), strict=True):
                 aligned = raw.clone()  # a slice may start where the dtype cannot
                 tensor.copy_(aligned.view(tensor.dtype).view(tensor.shape))

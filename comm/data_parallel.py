@@ -11,16 +11,17 @@ ordinary all-reduce in their own dtype. A gradient that is neither sent nor zero
 DistributedDataParallel: after ``no_sync()`` the sum of the micro-batches is sent, rounded once; a second ``backward()``
 without ``zero_grad()`` reduces the sum of the last mean and the new gradient.
 
-Left out, against torch's DistributedDataParallel: buffers are broadcast at construction only, and a rank that has run
-out of data has to be given some. A rank whose loss reaches no parameter at all would keep the others waiting.
+Left out, against torch's DistributedDataParallel: parameters and buffers are the caller's to make equal before (see
+:func:`.collectives.replicate`), and a rank that has run out of data has to be given some. A rank whose loss reaches no
+parameter at all would keep the others waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout, assign
-from msamp_like.comm.collectives import Steps, all_reduce_quantized, replicate, stored_as
+from msamp_like.comm.collectives import Steps, all_reduce_quantized, stored_as
 from msamp_like.comm.group import CountedGroup, ring_bytes
 from msamp_like.formats import BF16
 from msamp_like.policy import Rule
@@ -40,27 +41,31 @@ BUCKET_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Wire:
-    """Bytes that this rank sent in the last reduced backward, and what a ring all-reduce in BF16 would have sent.
+    """Bytes that this rank sent for the gradients of the step, and what a ring all-reduce in BF16 would have sent.
 
-    ``fp8_*`` is the share of the scaled buckets; ``scaler_sent`` what :meth:`DataParallel.reduce_max` sent since, which
-    is not in ``sent``.
+    ``fp8_*`` is the share of the scaled buckets.
     """
 
     sent: int
     bf16: int
     fp8_sent: int
     fp8_bf16: int
-    scaler_sent: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Parameters that travel together, as codes and scales with a ``layout``, as plain ``dtype`` without one."""
+    """Parameters that travel together, as codes and scales with a ``layout``, as plain ``dtype`` without one.
+
+    ``partial`` says that one rank's gradient is a part of a sum over the tensor-parallel ranks, not only over samples;
+    ``scattered`` that other ranks hold what belongs to it (see :class:`.ScalingTensor`).
+    """
 
     name: str
     parameters: Sequence[Tensor]
     dtype: torch.dtype
     device: torch.device
+    partial: bool
+    scattered: bool
     layout: Layout | None
 
     @property
@@ -71,26 +76,35 @@ class Bucket:
 class DataParallel:
     """Reduces the gradients of one model's parameters over a process group, from hooks, as ``rule`` stores gradients.
 
-    Construction checks that all ranks hold the same tensors and copies the first rank's values to all. With one rank it
-    does nothing. ``wire`` tells what the last reduced backward sent.
+    All ranks pass the same named parameters with the same values. ``partial`` are those whose gradient is a part of a
+    sum over ``tensor_group`` too (norms on a shard of the sequence), ``scattered`` those split over it. With one rank
+    and nothing partial it does nothing.
+    ``wire`` tells what a step's gradients sent.
+
+    A sum must not be summed again: where a reduction is more than a mean of equal addends (``_sets_aside``), an earlier
+    result that ``.grad`` still holds stands aside during the next reduction and is added to its result.
     """
 
     def __init__(
         self,
         parameters: Iterable[tuple[str, Tensor]],
-        buffers: Iterable[tuple[str, Tensor]] = (),
         *,
         rule: Rule,
-        group: dist.ProcessGroup | None = None,
+        group: CountedGroup | None = None,
+        partial: Iterable[Tensor] = (),
+        tensor_group: CountedGroup | None = None,
+        scattered: Iterable[Tensor] = (),
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         _check_settings(rule, bucket_bytes)
         self.rule = rule
-        self.scaled_group, self.plain_group, self.scaler_group = (CountedGroup(group) for _ in range(3))
-        self.world = self.scaled_group.world
+        self.group = group or CountedGroup()
+        self.tensor_group = tensor_group
+        self.world = self.group.world
         named = {id(p): (name, p) for name, p in reversed(list(parameters))}  # a tied parameter once, by its first name
         named_parameters = list(named.values())[::-1]
-        self._parameters = [p for _, p in reversed(named_parameters) if p.requires_grad]
+        self._partial, self._scattered = {id(p) for p in partial}, {id(p) for p in scattered}
+        self._parameters = [p for _, p in reversed(named_parameters) if p.requires_grad and self._reduces(p)]
         self._frozen = [(name, p) for name, p in named_parameters if not p.requires_grad]
         self._names = {id(p): name for name, p in named_parameters}
         self._buckets: list[Bucket] = []
@@ -102,13 +116,24 @@ class DataParallel:
         self._waiting: list[int] = []
         self._seen: set[int] = set()
         self._running: list[Steps[None]] = []
-        if self.world > 1 and named_parameters:
-            replicate([*named_parameters, *buffers], self.plain_group)
+        self._reduced: set[int] = set()
+        self._aside: dict[int, Tensor] = {}
+        if self._parameters:
             self._build_buckets(bucket_bytes)
-            self._handles = [
-                p.register_post_accumulate_grad_hook(partial(self._on_gradient, position))
-                for position, p in enumerate(self._parameters)
-            ]
+            self._add_hooks()
+
+    def _add_hooks(self) -> None:
+        for position, p in enumerate(self._parameters):
+            on_gradient = functools.partial(self._on_gradient, position)
+            self._handles.append(p.register_post_accumulate_grad_hook(on_gradient))
+            if self._sets_aside(p):
+                self._handles.append(p.register_hook(functools.partial(self._before_gradient, position)))
+
+    def _sets_aside(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._partial
+
+    def _reduces(self, parameter: Tensor) -> bool:
+        return self.world > 1 or id(parameter) in self._partial
 
     # --- construction -----------------------------------------------------------------------------------------------
 
@@ -118,27 +143,41 @@ class DataParallel:
         for p in self._parameters:
             scaled = isinstance(p, ScalingTensor) and self.rule.format.scaled
             dtype = self.rule.format.dtype if isinstance(p, ScalingTensor) else p.dtype
-            sizes.append(((scaled, dtype, p.device), p.numel() * dtype.itemsize))
+            kind = (scaled, dtype, p.device, id(p) in self._partial, id(p) in self._scattered)
+            sizes.append((kind, p.numel() * dtype.itemsize))
         self._bucket_of = [0] * len(sizes)
         for number, members in enumerate(assign(sizes, bucket_bytes)):
-            (scaled, dtype, device), _ = sizes[members[0]]
-            members_parameters = [self._parameters[position] for position in members]
-            shapes = [p.shape for p in members_parameters]
-            rank = self.scaled_group.rank
-            layout = Layout(shapes, self.rule.block, self.world, rank, device) if scaled else None
+            (scaled, dtype, device, partial, scattered), _ = sizes[members[0]]
+            parameters, layout = self._placed([self._parameters[position] for position in members], scaled, device)
             self._buckets.append(
                 Bucket(
                     name=f"comm/bucket{number}",
-                    parameters=members_parameters,
+                    parameters=parameters,
                     dtype=dtype,
                     device=device,
+                    partial=partial,
+                    scattered=scattered,
                     layout=layout,
                 )
             )
             for position in members:
                 self._bucket_of[position] = number
 
+    def _placed(self, members: list[Tensor], scaled: bool, device: torch.device) -> tuple[list[Tensor], Layout | None]:
+        """A bucket's parameters in the order in which they lie in it, and the layout of a scaled one."""
+        shapes = [p.shape for p in members]
+        layout = Layout(shapes, self.rule.block, self.world, self.group.rank, device) if scaled else None
+        return members, layout
+
     # --- during backward --------------------------------------------------------------------------------------------
+
+    def _before_gradient(self, position: int, grad: Tensor) -> None:
+        self._set_aside(self._parameters[position])
+
+    def _set_aside(self, parameter: Tensor) -> None:
+        if parameter.grad is not None and id(parameter) in self._reduced:
+            self._aside[id(parameter)], parameter.grad = parameter.grad, None
+        self._reduced.discard(id(parameter))
 
     def _on_gradient(self, position: int, parameter: Tensor) -> None:
         if not self._synced:
@@ -173,8 +212,6 @@ class DataParallel:
         self._seen.clear()
         self._running.clear()
         self._waiting = [len(bucket.parameters) for bucket in self._buckets]
-        for group in (self.scaled_group, self.plain_group, self.scaler_group):
-            group.reset()
 
     @torch.no_grad()
     def _launch(self) -> None:
@@ -196,42 +233,58 @@ class DataParallel:
         self._active = False
 
     def _reduce(self, bucket: Bucket) -> Steps[None]:
+        apart = [p for p in bucket.parameters if self._sets_aside(p)]
+        for parameter in apart:  # those that this backward did not reach have not been asked yet
+            self._set_aside(parameter)
+        if bucket.partial and self.tensor_group is not None:
+            yield from _sum_partial(bucket, self.tensor_group)
+        if self.world > 1:
+            yield from self._mean(bucket)
+        for parameter in apart:
+            earlier = self._aside.pop(id(parameter), None)
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else _sum(earlier, parameter.grad)
+            self._reduced.add(id(parameter))
+
+    def _mean(self, bucket: Bucket) -> Steps[None]:
         if bucket.layout is not None:
-            return _reduce_scaled(bucket, bucket.layout, self.rule, self.scaled_group)
-        return _reduce_plain(bucket, self.plain_group)
+            return _reduce_scaled(bucket, bucket.layout, self.rule, self.group)
+        return _reduce_plain(bucket, self.group)
 
     # --- for the caller ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Gradients of a backward inside stay on their rank and add up; the next one outside sends the sum."""
+        return self._unsynced()
+
+    @contextlib.contextmanager
+    def _unsynced(self) -> Iterator[None]:
         before, self._synced = self._synced, False
         try:
             yield
         finally:
             self._synced = before
 
-    def reduce_max(self, tensor: Tensor) -> None:
-        """FP32 ``tensor`` becomes the maximum over all ranks, in place; NaN must have become +inf before."""
-        if self.world > 1:
-            self.scaler_group.all_reduce(tensor, dist.ReduceOp.MAX, "scalers").wait()
-
     @property
     def wire(self) -> Wire:
-        """Bytes of the last reduced backward; zeros before the first, and with one rank."""
-        started = bool(self._waiting)
-        scaled, plain = (
-            sum(ring_bytes(b.num_elements * BF16.bytes, self.world) for b in self._buckets if started and is_scaled(b))
-            for is_scaled in (lambda b: b.layout is not None, lambda b: b.layout is None)
-        )
-        fp8_sent, plain_sent = (self.scaled_group.sent, self.plain_group.sent) if started else (0, 0)
+        """Bytes of the present step's gradients, or of the last one's after it; zeros with one rank."""
+        scaled = {bucket.name for bucket in self._buckets if bucket.layout is not None}
+        plain = {bucket.name for bucket in self._buckets} - scaled
+        sizes = {bucket.name: ring_bytes(bucket.num_elements * BF16.bytes, self.world) for bucket in self._buckets}
+        first = ("all_to_all", "all_reduce")  # the collective that a bucket's reduction starts with
+        bf16 = [(e.label, e.calls * sizes.get(e.label, 0)) for e in self.group.ledger if e.collective in first]
+        fp8_sent = self.group.sent_under(scaled)
         return Wire(
-            sent=fp8_sent + plain_sent,
-            bf16=scaled + plain,
+            sent=fp8_sent + self.group.sent_under(plain),
+            bf16=sum(size for _, size in bf16),
             fp8_sent=fp8_sent,
-            fp8_bf16=scaled,
-            scaler_sent=self.scaler_group.sent,
+            fp8_bf16=sum(size for label, size in bf16 if label in scaled),
         )
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """The plan of what travels together, in the order of the launches."""
+        return tuple(self._buckets)
 
     def remove(self) -> None:
         """Take all hooks away; gradients stay local from now on."""
@@ -258,27 +311,40 @@ def _check_settings(rule: Rule, bucket_bytes: int) -> None:
 # --- one bucket -----------------------------------------------------------------------------------------------------
 
 
-def _reduce_scaled(bucket: Bucket, layout: Layout, rule: Rule, group: CountedGroup) -> Steps[None]:
-    """Gradients as they are stored, or rounded once here; a scale of 0 stands for no gradient on this rank."""
+def pack(bucket: Bucket, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The gradients of a bucket as they are sent: as stored already, or rounded once here; (codes, scales)."""
     with record_function(f"{bucket.name}/pack"):
         grads = [None if p.grad is None else stored_as(p.grad, rule) for p in bucket.parameters]
-        packed = layout.pack(grads, rule.format, bucket.device)
-        del grads
+        return layout.pack(grads, rule.format, bucket.device)
+
+
+def _reduce_scaled(bucket: Bucket, layout: Layout, rule: Rule, group: CountedGroup) -> Steps[None]:
+    """Gradients as they are stored, or rounded once here; a scale of 0 stands for no gradient on this rank."""
+    packed = pack(bucket, layout, rule)
     payload, scale_inv, present = yield from all_reduce_quantized(*packed, layout, rule, group, bucket.name)
     with record_function(f"{bucket.name}/write"):
         means = zip(bucket.parameters, layout.slots, layout.unpack(payload, scale_inv), strict=True)
         for parameter, slot, mean in means:
             if parameter.grad is not None or bool(present[slot.first_scale]):  # reads the device for a missing one only
-                _write(parameter, ScalingTensor(*mean, rule.block, parameter.dtype))
+                write(parameter, ScalingTensor(*mean, rule.block, parameter.dtype), bucket.scattered)
 
 
 def _reduce_plain(bucket: Bucket, group: CountedGroup) -> Steps[None]:
-    """A sum in the bucket's dtype of what each rank divided by their number, so that nothing overflows on the way.
+    """A sum in the bucket's dtype of what each rank divided by their number, so that nothing overflows on the way."""
+    return _all_reduce_plain(bucket, group, 1.0 / group.world, bucket.dtype, bucket.name)
 
-    One more element a parameter says whether any rank had a gradient.
-    """
-    with record_function(f"{bucket.name}/all_reduce"):
-        flat = torch.zeros(bucket.num_elements + len(bucket.parameters), dtype=bucket.dtype, device=bucket.device)
+
+def _sum_partial(bucket: Bucket, group: CountedGroup) -> Steps[None]:
+    """The sum over the tensor-parallel ranks, in FP32: each holds the part of its own samples' tokens."""
+    return _all_reduce_plain(bucket, group, 1.0, torch.float32, f"{bucket.name}/partial")
+
+
+def _all_reduce_plain(
+    bucket: Bucket, group: CountedGroup, factor: float, dtype: torch.dtype, label: str
+) -> Steps[None]:
+    """The sum of ``factor`` times each rank's gradients; one more element a parameter says whether any rank had one."""
+    with record_function(f"{label}/all_reduce"):
+        flat = torch.zeros(bucket.num_elements + len(bucket.parameters), dtype=dtype, device=bucket.device)
         *views, present = flat.split([*(p.numel() for p in bucket.parameters), len(bucket.parameters)])
         for position, (parameter, view) in enumerate(zip(bucket.parameters, views, strict=True)):
             if parameter.grad is not None:
@@ -287,23 +353,35 @@ def _reduce_plain(bucket: Bucket, group: CountedGroup) -> Steps[None]:
                         f"gradients are reduced as dense tensors, got {parameter.grad.layout}; "
                         "build the embedding with sparse=False"
                     )
-                view.view(parameter.shape).copy_(real(parameter.grad, bucket.dtype))
+                view.view(parameter.shape).copy_(real(parameter.grad, dtype))
                 present[position] = 1
-        work = group.all_reduce(flat.mul_(1.0 / group.world), dist.ReduceOp.SUM, bucket.name)
+        work = group.all_reduce(flat.mul_(factor), dist.ReduceOp.SUM, label)
     yield
-    with record_function(f"{bucket.name}/write"):
+    with record_function(f"{label}/write"):
         work.wait()
         for position, (parameter, view) in enumerate(zip(bucket.parameters, views, strict=True)):
             if parameter.grad is not None or bool(present[position] > 0):
-                mean = view.view(parameter.shape)
-                _write(parameter, unscaled(mean, parameter.dtype) if isinstance(parameter, ScalingTensor) else mean)
+                total = view.view(parameter.shape)
+                stored = isinstance(parameter, ScalingTensor)
+                write(parameter, unscaled(total, parameter.dtype) if stored else total, bucket.scattered)
 
 
-def _write(parameter: Tensor, mean: Tensor) -> None:
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """Two gradients of one parameter; of stored ones the sum is BF16, and rounded once when it is stepped."""
+    if isinstance(a, ScalingTensor):
+        total = unscaled((real(a) + real(b)).to(BF16.dtype), a.dtype)
+        total.scattered = a.scattered
+        return total
+    return a + b
+
+
+def write(parameter: Tensor, mean: Tensor, scattered: bool) -> None:
     """The mean becomes ``.grad``; a gradient that is there stays the same object, for those who hold it."""
+    if isinstance(mean, ScalingTensor):
+        mean.scattered = scattered
     if parameter.grad is None:
         parameter.grad = mean
     elif isinstance(parameter.grad, ScalingTensor) and isinstance(mean, ScalingTensor):
-        parameter.grad.replace_(mean)
+        parameter.grad.replace_(mean).scattered = scattered
     else:
         parameter.grad.copy_(mean)

@@ -10,7 +10,7 @@ mesh axis, how many calls and how many bytes. Bytes are counted as the usual alg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,22 +63,30 @@ class CountedGroup:
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
         self._entries: dict[tuple[str, str], Entry] = {}
+        self._ended = False
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank sent since the last :meth:`reset`."""
+        """Bytes that this rank sent in this step."""
         return sum(entry.sent for entry in self._entries.values())
+
+    def sent_under(self, labels: Collection[str]) -> int:
+        """Bytes of the collectives under these labels and what is below them, ``label/scales`` for example."""
+        return sum(e.sent for e in self._entries.values() if e.label in labels or e.label.rpartition("/")[0] in labels)
 
     @property
     def ledger(self) -> list[Entry]:
-        """What was sent since the last :meth:`reset`, by collective and label."""
+        """What was sent in this step, by collective and label."""
         return list(self._entries.values())
 
-    def reset(self) -> None:
-        """Start counting anew."""
-        self._entries.clear()
+    def end_step(self) -> None:
+        """The next collective starts a new count; until then the ledger shows the step that ends here."""
+        self._ended = True
 
     def _count(self, collective: str, label: str, sent: int) -> str:
+        if self._ended:
+            self._entries.clear()
+            self._ended = False
         entry = self._entries.setdefault((collective, label), Entry(axis=self.axis, collective=collective, label=label))
         entry.calls += 1
         entry.sent += sent
@@ -128,10 +136,11 @@ class CountedGroup:
         work = dist.all_reduce(x, op=op, group=self.group, async_op=True)
         return Pending(work, self._count("all_reduce", label, ring_bytes(x.nbytes, self.world)))
 
-    def broadcast(self, x: Tensor, label: str = "") -> None:
-        """``x`` becomes the first rank's, in place."""
-        work = dist.broadcast(x, group=self.group, group_src=0, async_op=True)
-        Pending(work, self._count("broadcast", label, x.nbytes * (self.world - 1) if self.rank == 0 else 0)).wait()
+    def broadcast(self, x: Tensor, source: int = 0, label: str = "") -> None:
+        """``x`` becomes that of rank ``source``, in place."""
+        work = dist.broadcast(x, group=self.group, group_src=source, async_op=True)
+        sent = x.nbytes * (self.world - 1) if self.rank == source else 0
+        Pending(work, self._count("broadcast", label, sent)).wait()
 
 
 def ring_bytes(buffer_bytes: int, world: int) -> int:

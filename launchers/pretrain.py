@@ -44,9 +44,9 @@ LAST = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Configurable):
-    """Train a GPT on text in FP8 (O1, O2) or BF16 (O0)."""
+    """Train a GPT on text in FP8 (O1, O2, O3) or BF16 (O0)."""
 
-    level: str = "O2"  # Level of precision: O0 (BF16), O1 or O2 (FP8).
+    level: str = "O2"  # Level of precision: O0 (BF16), O1, O2 or O3 (FP8).
     preset: Literal["tiny", "small", "125M", "7B", "13B", "175B"] = "tiny"  # Sizes of the model.
     steps: int = 300  # Optimizer steps of the whole run.
     out: str = "runs/pretrain"  # Directory of the run; it must not hold another.
@@ -245,7 +245,7 @@ def train_step(job: Job, forward: Callable[..., Any], step: int) -> dict[str, An
                 _, micro_loss = forward(tokens, targets)
             (micro_loss / micro_batches).backward()
         loss += micro_loss.detach() / micro_batches
-    norm = amp.clip_grad_norm_(model.parameters(), job.settings.clip)
+    norm = amp.clip_grad_norm_(model, job.settings.clip)
     optimizer.step()
     mean_loss, grad_norm = torch.stack((ranks.sum_(loss) / ranks.world, norm)).tolist()  # the step's one wait
     elapsed_s = time.perf_counter() - started
@@ -282,9 +282,9 @@ def evaluate(job: Job) -> float:
 
 
 def save(job: Job, step: int) -> None:
-    """A checkpoint after ``step`` steps: written by one rank, the state is the same on all."""
+    """A checkpoint after ``step`` steps: gathered by all ranks, written by one."""
+    state = {"amp": amp.state_dict(job.model, job.optimizer), "step": step, "settings": as_dict(job.settings)}
     if job.ranks.is_first:
-        state = {"amp": amp.state_dict(job.model, job.optimizer), "step": step, "settings": as_dict(job.settings)}
         identity = {**job.identity, "step": step, "world_size": job.ranks.world}
         checkpoint.save(checkpoint.step_directory(job.run.directory, step), state, identity=identity)
     job.ranks.barrier()

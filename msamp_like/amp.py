@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from msamp_like import policy as policies
+from msamp_like.comm.axes import Axes, Norms
 from msamp_like.comm.collectives import replicate
 from msamp_like.comm.data_parallel import DataParallel
-from msamp_like.comm.group import CountedGroup
-from msamp_like.nn import conversion
-from msamp_like.nn.clip_grad import clip_grad_norm_
+from msamp_like.comm.ledger import Line, ledger
+from msamp_like.comm.zero import OwnedWeights, Zero
+from msamp_like.nn import clip_grad, conversion
 from msamp_like.nn.conversion import Plan
 from msamp_like.optim import LowPrecisionOptimizer, check, from_torch
 from msamp_like.policy import Policy, Role, Rule
@@ -39,6 +42,7 @@ __all__ = [
     "state_bytes",
     "state_dict",
     "wire_bytes",
+    "wire_ledger",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,10 +52,13 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 class _Wiring:
     """What ties a converted model together. A deep copy of the model stands outside data parallelism and optimizer."""
 
-    def __init__(self, policy: Policy, plans: Sequence[Plan], reducer: DataParallel | None = None) -> None:
+    def __init__(self, policy: Policy, plans: Sequence[Plan], axes: Axes) -> None:
         self.policy = policy
         self.plans = tuple(plans)
-        self.reducer = reducer
+        self.axes = axes
+        self.reducer: DataParallel | None = None
+        self.norms: Norms | None = None
+        self.placements: list[OwnedWeights | None] = []
         self.rounded: list[Tensor] = []
         self.removable: list[Any] = []
 
@@ -63,7 +70,7 @@ class _Wiring:
                 self.removable.append(parameter.register_hook(_rounds_first(parameter, self.policy[Role.GRAD_WEIGHT])))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Wiring:
-        made = _Wiring(self.policy, [copy.deepcopy(plan, memo) for plan in self.plans])
+        made = _Wiring(self.policy, [copy.deepcopy(plan, memo) for plan in self.plans], Axes())
         made.round_gradients(copy.deepcopy(self.rounded, memo))
         return made
 
@@ -93,49 +100,88 @@ def initialize(
     *,
     recipe: str | None = None,
     overrides: Mapping[str, str] | None = None,
+    mesh: DeviceMesh | None = None,
+    zero_stage: int | None = None,
     data_parallel: bool = True,
     process_group: dist.ProcessGroup | None = None,
     seed: int = 0,
 ) -> tuple[Model, Any]:
     """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
 
-    ``level`` is "O0", "O1", "O2" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the level's own) or
-    "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the torch optimizer
-    built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None (None does) for
-    a model that only runs; schedulers built on it go on working. Where a process group of more than one rank is
-    initialised the model becomes data-parallel over it, unless ``data_parallel=False``. ``seed`` starts the random
-    stream of stochastic rounding.
+    ``level`` is "O0", "O1", "O2", "O3" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the level's
+    own) or "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the torch
+    optimizer built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None (None
+    does) for a model that only runs; schedulers built on it go on working. ``seed`` starts the random stream of
+    stochastic rounding.
 
-    Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe or
-    override, a model that is converted already or has nothing to convert, an optimizer that cannot be mapped or holds
-    parameters that are not the model's, and a parameter in two optimizers.
+    Where a process group of more than one rank is initialised the model becomes data-parallel over it, or over
+    ``process_group``, unless ``data_parallel=False``. ``mesh`` says instead which ranks are data-parallel ("dp"),
+    tensor-parallel ("tp") and pipeline stages ("pp"). ``zero_stage`` 1 or 2 gives every parameter one owner among its
+    data-parallel ranks (:mod:`msamp_like.comm.zero`), 0 none; None is the level's own: 1 at O3.
+
+    Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
+    override or mesh axis, a model that is converted already or has nothing to convert, an optimizer that cannot be
+    mapped or holds parameters that are not the model's, and a parameter in two optimizers.
     """
     policy = policies.resolve(level)
     policy = policy.with_recipe(recipe) if recipe is not None else policy
     policy = policy.override(overrides) if overrides else policy
+    policy = replace(policy, zero_stage=zero_stage) if zero_stage is not None else policy
     several = isinstance(optimizer, Sequence)
     sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     _check(model, sources, overrides or {})
+    axes = _axes(mesh, process_group, data_parallel)
 
-    initialized = data_parallel and dist.is_available() and dist.is_initialized()
-    parallel = initialized and dist.get_world_size(process_group) > 1
-    if parallel:  # before conversion: masters are made from the values that every rank starts with
-        replicate([*model.named_parameters(), *model.named_buffers()], CountedGroup(process_group))
+    if axes.data is not None:  # before conversion: masters are made from the values that every rank starts with
+        replicate([*model.named_parameters(), *model.named_buffers()], axes.data)
     plans = conversion.plan(model, policy)
     originals = conversion.convert(model, policy)
-    wiring = _Wiring(policy, plans)
+    wiring = _Wiring(policy, plans, axes)
     _adopt_class(model, wiring)
     wiring.round_gradients(originals)
-    optimizers = [from_torch(source, policy, originals, seed) for source in sources]
-    if parallel:
-        wiring.reducer = DataParallel(
-            list(model.named_parameters()),
-            list(model.named_buffers()),
-            rule=policy[Role.GRAD_WEIGHT],
-            group=process_group,
-        )
-    _roll_with(model, optimizers, wiring.reducer)
+    _reduce_together(model, wiring)
+    optimizers = [_optimizer(source, wiring, originals, seed) for source in sources]
+    _roll_with(model, optimizers, axes)
+    axes.end_step()  # what made the ranks alike is no part of the first step
     return model, optimizers if several else optimizers[0] if optimizers else None
+
+
+def _axes(mesh: DeviceMesh | None, process_group: dist.ProcessGroup | None, data_parallel: bool) -> Axes:
+    if mesh is not None:
+        if process_group is not None or not data_parallel:
+            raise ValueError(
+                "a mesh says which ranks work together, got process_group or data_parallel=False beside it; leave "
+                "them out, or leave the dp axis out of the mesh"
+            )
+        return Axes.of_mesh(mesh)
+    parallel = data_parallel and dist.is_available() and dist.is_initialized()
+    return Axes.of_group(process_group) if parallel else Axes()
+
+
+def _reduce_together(model: nn.Module, wiring: _Wiring) -> None:
+    """Hooks that reduce gradients, and what joins their norms."""
+    named, axes = list(model.named_parameters()), wiring.axes
+    owned = wiring.policy.zero_stage > 0 and axes.data is not None
+    if axes.data is not None:
+        rule = wiring.policy[Role.GRAD_WEIGHT]
+        if owned:
+            wiring.reducer = Zero(named, stage=wiring.policy.zero_stage, rule=rule, group=axes.data)
+        else:
+            wiring.reducer = DataParallel(named, rule=rule, group=axes.data)
+    if owned or axes.tensor is not None or axes.pipeline is not None:
+        wiring.norms = Norms(axes, owned=owned, sharded=[False] * len(named))
+
+
+def _optimizer(
+    source: torch.optim.Optimizer, wiring: _Wiring, originals: Mapping[Tensor, Tensor], seed: int
+) -> LowPrecisionOptimizer:
+    parameters = [p for group in source.param_groups for p in group["params"]]
+    placement = OwnedWeights(parameters, wiring.reducer) if isinstance(wiring.reducer, Zero) else None
+    made = from_torch(source, wiring.policy, originals, seed, placement)
+    wiring.placements.append(placement)
+    if wiring.norms is not None:
+        made.agree_max = wiring.axes.agree_max
+    return made
 
 
 def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], overrides: Mapping[str, str]) -> None:
@@ -191,7 +237,7 @@ def _rounds_first(parameter: Tensor, rule: Rule) -> Callable[[Tensor], Tensor]:
     return rounded
 
 
-def _roll_with(model: nn.Module, optimizers: Sequence[LowPrecisionOptimizer], reducer: DataParallel | None) -> None:
+def _roll_with(model: nn.Module, optimizers: Sequence[LowPrecisionOptimizer], axes: Axes) -> None:
     """Each optimizer's step rolls the scalers of its weights; those of frozen weights go with the first."""
     owned: list[list[Scaler]] = [[] for _ in optimizers]
     owner = {id(p): number for number, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
@@ -202,12 +248,13 @@ def _roll_with(model: nn.Module, optimizers: Sequence[LowPrecisionOptimizer], re
             seen.add(id(gemm))
             owned[owner.get(id(parameter), 0)] += [gemm.input, gemm.grad_output]  # type: ignore[attr-defined]
     for optimizer, scalers in zip(optimizers, owned, strict=True):
-        optimizer.register_step_post_hook(_rolls(scalers, reducer.reduce_max if reducer is not None else None))
+        optimizer.register_step_post_hook(_rolls(scalers, axes))
 
 
-def _rolls(scalers: list[Scaler], reduce_max: Callable[[Tensor], None] | None) -> Callable[..., None]:
+def _rolls(scalers: list[Scaler], axes: Axes) -> Callable[..., None]:
     def rolled(*_: Any) -> None:
-        roll(scalers, reduce_max)
+        roll(scalers, axes.reduce_max)
+        axes.end_step()
 
     return rolled
 
@@ -237,6 +284,18 @@ def _wiring(model: nn.Module) -> _Wiring:
     return model._wiring
 
 
+def clip_grad_norm_(model: nn.Module | Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Scale the gradients so that their joint norm is at most ``max_norm``; returns the norm before, a scalar tensor.
+
+    ``model`` is the one that :func:`initialize` returned: the norm is then that of all gradients, on whichever rank
+    they lie, and every rank has to call this. Parameters do where every rank has all gradients. See
+    :func:`msamp_like.nn.clip_grad_norm_`.
+    """
+    if not isinstance(model, nn.Module):
+        return clip_grad.clip_grad_norm_(model, max_norm, norm_type)
+    return clip_grad.clip_grad_norm_(model.parameters(), max_norm, norm_type, reduction=_wiring(model).norms)
+
+
 # --- state ----------------------------------------------------------------------------------------------------------
 
 
@@ -251,12 +310,18 @@ def _listed(optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) 
 def state_dict(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) -> dict[str, Any]:
     """Everything a resume needs, the same on every data-parallel rank: weights, optimizer states, amax histories.
 
-    Holds the live tensors, not copies, and no pickled object: nested dicts and lists of tensors and plain values.
+    Holds the live tensors, not copies, and no pickled object: nested dicts and lists of tensors and plain values. Where
+    states are with their owners (ZeRO) every rank has to call this; those of the others then come as copies on the CPU.
     """
+    wiring = _wiring(model)
+    saved = [o.state_dict() for o in _listed(optimizer)]
+    for state, placement in zip(saved, wiring.placements, strict=True):
+        if placement is not None:
+            state["state"] = placement.gather_states(state["state"])
     return {
-        "policy": str(_wiring(model).policy),
+        "policy": str(wiring.policy),
         "model": dict(model.state_dict()),
-        "optimizers": [o.state_dict() for o in _listed(optimizer)],
+        "optimizers": saved,
         "scalers": {name: scaler.state() for name, scaler in _scalers(model)},
     }
 
@@ -316,9 +381,18 @@ def state_bytes(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[Lo
 
 
 def wire_bytes(model: nn.Module) -> dict[str, int] | None:
-    """Bytes this rank sent in the last reduced backward, and what BF16 would have; None without data parallelism."""
+    """Bytes that the step's gradients sent from this rank, and what BF16 would have; None without data parallelism."""
     reducer = _wiring(model).reducer
     if reducer is None:
         return None
     wire = reducer.wire
     return {"sent": wire.sent, "bf16": wire.bf16, "fp8_sent": wire.fp8_sent, "fp8_bf16": wire.fp8_bf16}
+
+
+def wire_ledger(model: nn.Module) -> list[Line]:
+    """Every collective of the step by mesh axis and label, gradients, weights and decisions alike: bytes that left this
+    rank, and what the plan expects."""
+    wiring = _wiring(model)
+    delayed = sum(scaler.rule.history > 0 for _, scaler in _scalers(model))
+    decisions = {"scalers": delayed, "skip": 1, "norm": len(list(model.parameters()))}
+    return ledger(wiring.axes, wiring.reducer, wiring.placements, decisions)

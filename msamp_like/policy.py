@@ -105,6 +105,7 @@ class Policy:
 
     ``parameter`` says what the parameter itself holds: the MASTER_WEIGHT (O1, O2: its compute copy is made from it), or
     the WEIGHT that products read, its master kept by the optimizer (O0, and O3 where the owner keeps it).
+    ``zero_stage`` is what data-parallel ranks share out: 0 nothing, 1 optimizer states and masters, 2 gradients too.
     ``exceptions`` are (pattern, product) pairs; a pattern is matched against the module's full name as a shell does,
     the last match wins, and a product is "bf16", "fp8" or "skip".
     """
@@ -112,6 +113,7 @@ class Policy:
     name: str
     rules: Mapping[Role, Rule]
     parameter: Role = Role.MASTER_WEIGHT
+    zero_stage: int = 0
     exceptions: tuple[tuple[str, str], ...] = field(default=DEFAULT_EXCEPTIONS)
 
     def __post_init__(self) -> None:
@@ -120,6 +122,11 @@ class Policy:
             raise ValueError(f"a policy needs a rule for every role, {self.name!r} lacks {', '.join(missing)}")
         if self.parameter not in (Role.MASTER_WEIGHT, Role.WEIGHT):
             raise ValueError(f"a parameter holds its master_weight or its weight, got {self.parameter.value!r}")
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(
+                f"zero_stage must be 0 (every rank has all states), 1 or 2, got {self.zero_stage!r}; for sharded "
+                "parameters, stage 3, see msamp_like.integrations.fsdp2"
+            )
         for pattern, product in self.exceptions:
             if product not in _PRODUCTS:
                 known = "; ".join(f"{name!r} ({meaning})" for name, meaning in _PRODUCTS.items())
@@ -130,7 +137,7 @@ class Policy:
         return self.rules[role]
 
     def __reduce__(self) -> tuple[object, ...]:  # a mapping proxy does not pickle, a policy has to
-        return _rebuild, (self.name, dict(self.rules), self.parameter, self.exceptions)
+        return _rebuild, (self.name, dict(self.rules), self.parameter, self.exceptions, self.zero_stage)
 
     @property
     def parameter_rule(self) -> Rule:
@@ -244,6 +251,7 @@ O3 = replace(
     O2,
     name="O3",
     parameter=Role.WEIGHT,
+    zero_stage=1,
     rules={**O2.rules, Role.PARTIAL_OUTPUT: Rule(format=E4M3, block=_STATE_BLOCK)},
 )
 """O2 for several processes: the parameter is the E4M3 weight, its FP16 master lives with the rank that owns it, and
@@ -283,5 +291,7 @@ def _nearest(name: str, known: Mapping[str, object]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def _rebuild(name: str, rules: Mapping[Role, Rule], parameter: Role, exceptions: tuple[tuple[str, str], ...]) -> Policy:
-    return Policy(name=name, rules=rules, parameter=parameter, exceptions=exceptions)
+def _rebuild(
+    name: str, rules: Mapping[Role, Rule], parameter: Role, exceptions: tuple[tuple[str, str], ...], zero_stage: int
+) -> Policy:
+    return Policy(name=name, rules=rules, parameter=parameter, exceptions=exceptions, zero_stage=zero_stage)

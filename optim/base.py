@@ -7,8 +7,8 @@ policy does) and no process group (gradients arrive reduced).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,22 @@ Group = Mapping[str, Any]
 State = dict[str, Any]
 
 
+class Placement(Protocol):
+    """Which of the parameters this rank steps, and what brings their new values to the other ranks."""
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether this rank steps the parameter and keeps its states."""
+        ...
+
+    def passed(self, position: int) -> None:
+        """The step is done with parameter number ``position``, whether it changed or not."""
+        ...
+
+    def finish(self) -> None:
+        """Return when every parameter has its new value."""
+        ...
+
+
 class LowPrecisionOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: a subclass names its states' roles and gives :meth:`update`.
 
@@ -38,6 +54,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     A step with a non-finite gradient changes nothing, is counted in ``skipped_steps`` and logged. ``seed`` starts the
     random stream of stochastic rounding, which also depends on parameter, step and role, and on nothing else.
+
+    Several ranks that hold different gradients set ``agree_max``, which makes a small tensor its maximum over all of
+    them in place, and :meth:`place` the parameters where each rank steps only its own.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
@@ -50,6 +69,18 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self.skipped_steps = 0
         self._consecutive_skips = 0
+        self.agree_max: Callable[[Tensor], None] | None = None
+        self._placement: Placement | None = None
+
+    def place(self, placement: Placement) -> None:
+        """Step only what ``placement`` says that this rank owns; states of other parameters are dropped."""
+        self._placement = placement
+        for param, _ in self._parameters():
+            if not placement.owns(param):
+                self.state.pop(param, None)
+
+    def _owns(self, param: Tensor) -> bool:
+        return self._placement is None or self._placement.owns(param)
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -85,15 +116,19 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             return loss
         self._consecutive_skips = 0
         for index, (param, group) in enumerate(self._parameters()):
-            if param.grad is not None:
+            if param.grad is not None and self._owns(param):
                 self._step_parameter(param, group, index)
+            if self._placement is not None:
+                self._placement.passed(index)
+        if self._placement is not None:
+            self._placement.finish()
         return loss
 
-    def _parameters(self) -> Iterable[tuple[Tensor, dict[str, Any]]]:
+    def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((param, group) for group in self.param_groups for param in group["params"])
 
     def _gradients_are_finite(self) -> bool:
-        """Round accumulated gradients, then ask all of them with one read of the device."""
+        """Round accumulated gradients, then ask all of them, on all ranks, with one read of the device."""
         flags = []
         for param, _ in self._parameters():
             if param.grad is None:
@@ -101,7 +136,13 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             if param.grad.is_sparse:
                 raise RuntimeError("a gradient must be dense, got a sparse one; use nn.Embedding(sparse=False)")
             flags.append(torch.isfinite(self._finiteness(param)).all())
-        return not flags or bool(torch.stack([f.to(flags[0].device) for f in flags]).all())
+        if self.agree_max is None:
+            return not flags or bool(torch.stack([f.to(flags[0].device) for f in flags]).all())
+        bad = torch.zeros(1, device=next(self._parameters())[0].device)  # ranks without gradients take part too
+        for flag in flags:
+            bad += ~flag.to(bad.device)
+        self.agree_max(bad)
+        return not bool(bad)
 
     def _finiteness(self, param: Tensor) -> Tensor:
         """A small tensor that is finite if and only if the gradient is."""
@@ -174,6 +215,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def adopt(self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None) -> None:
         """Take over the states of an optimizer that has stepped, and the master of a weight that is now stored."""
+        if not self._owns(param):
+            return
         taken: State = {"step": _steps(states)}
         for name, role in self.roles.items():
             if states.get(name) is not None:
@@ -206,7 +249,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             group.update({key: value for key, value in old.items() if key != "params"})
         self.state.clear()
         for param, saved in self._saved(state_dict):
-            self._load_parameter(param, saved)
+            if self._owns(param):
+                self._load_parameter(param, saved)
         self.seed = int(state_dict.get("seed", self.seed))
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msamp_like.optim.adam import Adam, AdamW
-from msamp_like.optim.base import LowPrecisionOptimizer
+from msamp_like.optim.base import LowPrecisionOptimizer, Placement
 from msamp_like.optim.lion import Lion
 from msamp_like.optim.sgd import SGD
 from msamp_like.policy import Policy
@@ -41,15 +41,22 @@ def check(optimizer: torch.optim.Optimizer) -> type[LowPrecisionOptimizer]:
 
 
 def from_torch(
-    optimizer: torch.optim.Optimizer, policy: Policy, originals: Mapping[Tensor, Tensor], seed: int
+    optimizer: torch.optim.Optimizer,
+    policy: Policy,
+    originals: Mapping[Tensor, Tensor],
+    seed: int,
+    placement: Placement | None = None,
 ) -> LowPrecisionOptimizer:
     """Ours in place of ``optimizer``, with the very same group dicts: a scheduler that holds the old one drives ours.
 
-    ``originals`` are the FP32 values of the converted parameters, from which masters are made.
+    ``originals`` are the FP32 values of the converted parameters, from which masters are made; of those that
+    ``placement`` gives to other ranks none is.
     """
     ours: Any = check(optimizer)  # each has its own hyperparameters, which the groups hold already
     made: LowPrecisionOptimizer = ours(optimizer.param_groups, policy=policy, seed=seed)
     made.defaults = {**optimizer.defaults}
+    if placement is not None:
+        made.place(placement)
     for group in made.param_groups:
         for param in group["params"]:
             states: Mapping[str, Any] = optimizer.state.get(param, {})

@@ -87,25 +87,42 @@ def test_one_tensor_and_none():
     assert clip_grad_norm_(iter(ours[1:]), 1.0) > 0  # a generator, as model.parameters() is
 
 
+class Elsewhere:
+    """What two ranks would do, one after the other: the first call of each leaves its powers, the second adds all."""
+
+    def __init__(self) -> None:
+        self.powers: list[Tensor] = []
+
+    def join(self, powers: Tensor, norm_type: float) -> Tensor:
+        self.powers.append(powers)
+        return torch.stack(self.powers).amax(0) if norm_type == INFINITY else torch.stack(self.powers).sum(0)
+
+    def total(self, total: Tensor, norm_type: float) -> Tensor:
+        return total
+
+
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, INFINITY])
-def test_parts_on_several_ranks_add_up(norm_type):
-    """``reduce_sum`` sees the powers of the norm (or its maximum), so every part is clipped by the whole's factor."""
-    made = []
-    for _ in range(3):
-        torch.manual_seed(0)
-        made.append(mixed()[0])
-    whole, parts, measured = made
-    halves = [parts[:3], parts[3:]]
-    powers: list[Tensor] = []
-    for half in (measured[:3], measured[3:]):
-        clip_grad_norm_(half, 1.0, norm_type, reduce_sum=lambda power: powers.append(power.clone()))
-    together = torch.stack(powers).max() if norm_type == INFINITY else sum(powers)
-    expected = clip_grad_norm_(whole, 1.0, norm_type)
-    for half in halves:
-        total = clip_grad_norm_(half, 1.0, norm_type, reduce_sum=lambda power: power.copy_(together))
-        torch.testing.assert_close(total, expected)
-    for p, q in zip(parts[:7], whole):
-        torch.testing.assert_close(real(p.grad), real(q.grad))
+def test_parts_on_several_ranks_have_the_whole_s_norm_to_the_bit(norm_type):
+    """The reduction sees one power a parameter, 0 for a gradient that is elsewhere, so the sum has one order."""
+    whole, first, second = (torch.manual_seed(0) and mixed()[0] for _ in range(3))
+    for i, (p, q) in enumerate(zip(first, second)):
+        (p if i % 2 else q).grad = None
+    ranks = Elsewhere()
+    clip_grad_norm_(first, 1.0, norm_type, reduction=ranks)
+    total = clip_grad_norm_(second, 1.0, norm_type, reduction=ranks)
+    assert torch.equal(total, clip_grad_norm_(whole, 1.0, norm_type))
+    for p, q in zip(second, whole):
+        assert p.grad is None or torch.equal(real(p.grad), real(q.grad))
+
+
+def test_some_of_several_ranks_gradients_have_no_norm():
+    """Ours and torch's functions refuse a set of which other ranks hold the rest, and name the way to clip it."""
+    ours, _ = mixed()
+    ours[0].grad.scattered = True
+    with pytest.raises(ValueError, match=r"amp.clip_grad_norm_\(model"):
+        clip_grad_norm_(ours, 1.0)
+    with pytest.raises(NotImplementedError, match=r"amp.clip_grad_norm_\(model"):
+        nn.utils.clip_grad_norm_(ours, 1.0)
 
 
 @pytest.mark.parametrize("level", ["O0", "O1", "O2"])

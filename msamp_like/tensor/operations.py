@@ -28,7 +28,9 @@ def _defines(*operations: Callable[..., Any]) -> Callable[[Callable[..., Any]], 
 
 
 def _like(source: ScalingTensor, payload: Tensor, scale_inv: Tensor, dtype: torch.dtype | None = None) -> ScalingTensor:
-    return ScalingTensor(payload, scale_inv, source.block, dtype or source.dtype)
+    made = ScalingTensor(payload, scale_inv, source.block, dtype or source.dtype)
+    made.scattered = source.scattered
+    return made
 
 
 def _carry_gemm(source: ScalingTensor, made: ScalingTensor) -> ScalingTensor:
@@ -177,7 +179,16 @@ def _lerp_(target: Tensor, end: Tensor, weight: float) -> Tensor:
 def _vector_norm(
     source: ScalingTensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
+    _not_scattered(source)
     return torch.linalg.vector_norm(source.dequantize(torch.float32), ord, dim, keepdim, dtype=dtype)
+
+
+def _not_scattered(tensor: Tensor) -> None:
+    if isinstance(tensor, ScalingTensor) and tensor.scattered:
+        raise NotImplementedError(
+            "a norm or a check of gradients needs all of them, got some whose rest lies on other ranks; call "
+            "amp.clip_grad_norm_(model, max_norm), and train without GradScaler, which FP8 gradients do not need"
+        )
 
 
 @_defines(aten.equal.default)
@@ -209,6 +220,8 @@ def _embedding(
 
 @_defines(aten._foreach_norm.Scalar)
 def _foreach_norm(tensors: Sequence[Tensor], ord: float = 2, dtype: Any = None) -> list[Tensor]:
+    for tensor in tensors:
+        _not_scattered(tensor)
     return [torch.linalg.vector_norm(real(t), ord) for t in tensors]
 
 
@@ -245,6 +258,7 @@ def _foreach_lerp_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: fl
 @_defines(aten._amp_foreach_non_finite_check_and_unscale_.default)
 def _unscale_(tensors: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
     for tensor in tensors:
+        _not_scattered(tensor)
         flagged = isinstance(tensor, ScalingTensor) and tensor.format.scaled
         seen = tensor.scale_inv if flagged else real(tensor)  # type: ignore[attr-defined]
         found_inf.logical_or_(~torch.isfinite(seen).all())

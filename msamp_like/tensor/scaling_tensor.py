@@ -35,12 +35,15 @@ class ScalingTensor(torch.Tensor):
 
     The outer ``dtype`` is the one that the user's tensor had; it decides what ``dequantize()`` and mixed arithmetic
     give back, never what is stored. ``gemm`` is set on weights by the conversion and is None everywhere else.
+    ``scattered`` is set on a gradient that is one of a set, or a part of one, whose rest lies on other ranks: a norm of
+    those that are here means nothing, and asking for one raises.
     """
 
     payload: Tensor
     scale_inv: Tensor
     block: Block
     gemm: Gemm | None
+    scattered: bool
     _casts: dict[tuple[object, ...], Operand]
 
     @staticmethod
@@ -74,6 +77,7 @@ class ScalingTensor(torch.Tensor):
         self.scale_inv = scale_inv
         self.block = block
         self.gemm = None
+        self.scattered = False
         self._casts = {}
 
     # --- reading ----------------------------------------------------------------------------------------------------

@@ -44,16 +44,18 @@ def locals_of(rank: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_line_has_the_scale_of_its_elements(block, world):
+@pytest.mark.parametrize("owned", [False, True])
+def test_every_line_has_the_scale_of_its_elements(block, world, owned):
     """Dequantizing by lines is dequantizing by blocks, and what was packed comes back, for every rank's shard."""
     stored = [quantize(x, Rule(format=E4M3, block=block)) for x in locals_of(0, SHAPES)]
-    layouts = [Layout([s.shape for s in stored], block, world, rank) for rank in range(world)]
+    owners = sorted(i * i % world for i in range(len(stored))) if owned else None
+    layouts = [Layout([s.shape for s in stored], block, world, rank, owners=owners) for rank in range(world)]
     payload, scales = layouts[0].pack(stored, E4M3, CPU)
     shards = []
-    for layout, shard in zip(layouts, payload):
+    for layout, shard in zip(layouts, payload.split(layouts[0].line_splits)):
         line_scale = scales[layout.own_scales][layout.scale_index].unsqueeze(1)
         shards.append(kernels.dequantize(shard, line_scale, ROW, torch.float32))
-    values, parts = layouts[0].unpack(torch.stack(shards), scales), layouts[0].unpack(payload, scales)
+    values, parts = layouts[0].unpack(torch.cat(shards), scales), layouts[0].unpack(payload, scales)
     for (value, _), (codes, grid), tensor in zip(values, parts, stored):
         assert torch.equal(value, tensor.dequantize(torch.float32))
         assert torch.equal(codes.view(torch.uint8), tensor.payload.view(torch.uint8))
