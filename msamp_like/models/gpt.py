@@ -97,17 +97,17 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; one product makes queries, keys and values."""
+    """Causal self-attention; one product makes queries, keys and values, of as many heads as the projection has."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_dim = config.dim // config.num_heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = self.num_heads
-        qkv = self.qkv(x_BTC).unflatten(-1, (3 * heads, -1))  # (B, T, 3 H, D)
+        qkv = self.qkv(x_BTC).unflatten(-1, (-1, self.head_dim))  # (B, T, 3 H, D)
+        heads = qkv.shape[2] // 3
         qk, v_BTHD = qkv.split((2 * heads, heads), dim=2)
         q_BTHD, k_BTHD = rotate(qk, cos, sin).chunk(2, dim=2)
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
@@ -172,6 +172,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.loss = nn.CrossEntropyLoss()
         head_dim = config.dim // config.num_heads
         self.register_buffer("cos", torch.empty(config.context, 1, head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(config.context, 1, head_dim // 2), persistent=False)
@@ -218,8 +219,7 @@ class GPT(nn.Module):
         logits_BTV: Tensor = self.lm_head(self.norm(x_BTC))
         if targets_BT is None:
             return logits_BTV
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-        return logits_BTV, loss
+        return logits_BTV, self.loss(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
     def rotation(self, length: int, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """The tables' first rows in the dtype that queries and keys will have: FP32 tables would promote them."""
