@@ -10,14 +10,16 @@ An axis that a mesh does not have is None here, and costs nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from msamp_like.comm.group import CountedGroup
+
+if TYPE_CHECKING:  # its import takes longer than the whole of ours
+    from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("dp", "tp", "pp")
 

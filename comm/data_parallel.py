@@ -98,9 +98,9 @@ class DataParallel:
     ) -> None:
         _check_settings(rule, bucket_bytes)
         self.rule = rule
-        self.group = group or CountedGroup()
+        self._group = group
         self.tensor_group = tensor_group
-        self.world = self.group.world
+        self.world = 1 if group is None else group.world
         named = {id(p): (name, p) for name, p in reversed(list(parameters))}  # a tied parameter once, by its first name
         named_parameters = list(named.values())[::-1]
         self._partial, self._scattered = {id(p) for p in partial}, {id(p) for p in scattered}
@@ -135,6 +135,13 @@ class DataParallel:
     def _reduces(self, parameter: Tensor) -> bool:
         return self.world > 1 or id(parameter) in self._partial
 
+    @property
+    def group(self) -> CountedGroup:
+        """The data-parallel ranks; raises RuntimeError where there are none."""
+        if self._group is None:
+            raise RuntimeError("gradients are averaged over data-parallel ranks, got none; give group=")
+        return self._group
+
     # --- construction -----------------------------------------------------------------------------------------------
 
     def _build_buckets(self, bucket_bytes: int) -> None:
@@ -166,8 +173,9 @@ class DataParallel:
     def _placed(self, members: list[Tensor], scaled: bool, device: torch.device) -> tuple[list[Tensor], Layout | None]:
         """A bucket's parameters in the order in which they lie in it, and the layout of a scaled one."""
         shapes = [p.shape for p in members]
-        layout = Layout(shapes, self.rule.block, self.world, self.group.rank, device) if scaled else None
-        return members, layout
+        if not scaled or self.world == 1:
+            return members, None
+        return members, Layout(shapes, self.rule.block, self.world, self.group.rank, device)
 
     # --- during backward --------------------------------------------------------------------------------------------
 
@@ -268,6 +276,8 @@ class DataParallel:
     @property
     def wire(self) -> Wire:
         """Bytes of the present step's gradients, or of the last one's after it; zeros with one rank."""
+        if self.world == 1:
+            return Wire(sent=0, bf16=0, fp8_sent=0, fp8_bf16=0)
         scaled = {bucket.name for bucket in self._buckets if bucket.layout is not None}
         plain = {bucket.name for bucket in self._buckets} - scaled
         sizes = {bucket.name: ring_bytes(bucket.num_elements * BF16.bytes, self.world) for bucket in self._buckets}

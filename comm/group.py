@@ -54,7 +54,8 @@ class Pending:
 class CountedGroup:
     """The ranks of one mesh ``axis``: stock collectives, each counted.
 
-    ``group`` is a process group, or None for the world. A group of one rank sends nothing and calls nothing.
+    ``group`` is a process group, or None for the world; ``ranks`` are its members in the world's numbering. A group of
+    one rank sends nothing.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, axis: str = "dp") -> None:
@@ -62,6 +63,7 @@ class CountedGroup:
         self.axis = axis
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
+        self.ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self._entries: dict[tuple[str, str], Entry] = {}
         self._ended = False
 

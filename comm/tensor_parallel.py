@@ -14,12 +14,11 @@ differs between the parts of a sequence, experts, and overlap of exchanges with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from msamp_like.comm.activations import check_rule
 from msamp_like.comm.collectives import check_same, replicate
@@ -54,6 +53,9 @@ from msamp_like.comm.vocab_parallel import VocabCrossEntropy, VocabEmbedding
 from msamp_like.nn.conversion import rearm_hooks
 from msamp_like.policy import Policy, Role
 from msamp_like.tensor import real
+
+if TYPE_CHECKING:  # its import takes longer than the whole of ours
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "Column",
@@ -105,12 +107,12 @@ def parallelize(
     for one in found:
         _BECOMES[type(one.entry)](one, shared, any(one.name.startswith(prefix) for prefix in entered))
     _shard(model, group)
-    group.reset()
+    group.end_step()
     return model
 
 
 def _counted(mesh_or_group: DeviceMesh | dist.ProcessGroup) -> CountedGroup:
-    if not isinstance(mesh_or_group, DeviceMesh):
+    if isinstance(mesh_or_group, dist.ProcessGroup):
         return CountedGroup(mesh_or_group, "tp")
     names = mesh_or_group.mesh_dim_names or ("tp",)
     if mesh_or_group.ndim != 1:

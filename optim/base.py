@@ -70,17 +70,17 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._consecutive_skips = 0
         self.agree_max: Callable[[Tensor], None] | None = None
-        self._placement: Placement | None = None
+        self.placement: Placement | None = None
 
     def place(self, placement: Placement) -> None:
         """Step only what ``placement`` says that this rank owns; states of other parameters are dropped."""
-        self._placement = placement
+        self.placement = placement
         for param, _ in self._parameters():
             if not placement.owns(param):
                 self.state.pop(param, None)
 
     def _owns(self, param: Tensor) -> bool:
-        return self._placement is None or self._placement.owns(param)
+        return self.placement is None or self.placement.owns(param)
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -118,10 +118,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for index, (param, group) in enumerate(self._parameters()):
             if param.grad is not None and self._owns(param):
                 self._step_parameter(param, group, index)
-            if self._placement is not None:
-                self._placement.passed(index)
-        if self._placement is not None:
-            self._placement.finish()
+            if self.placement is not None:
+                self.placement.passed(index)
+        if self.placement is not None:
+            self.placement.finish()
         return loss
 
     def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:

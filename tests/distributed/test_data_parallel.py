@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from msamp_like import amp
 from msamp_like.comm.data_parallel import DataParallel
-from msamp_like.comm.group import ring_bytes
+from msamp_like.comm.group import CountedGroup, ring_bytes
 from msamp_like.formats import E4M3
 from msamp_like.policy import O0, O2, Role, Rule
 from msamp_like.scaling import quantize
@@ -135,7 +135,7 @@ def test_no_sync_accumulates_locally_and_sends_the_sum(ranks, level, least):
 def accumulate_twice(rank, world, group):
     torch.manual_seed(0)
     plain = nn.Linear(8, 4)
-    ours = DataParallel(plain.named_parameters(), rule=RULE)
+    ours = DataParallel(plain.named_parameters(), rule=RULE, group=CountedGroup())
     inputs = [torch.randn(3, 8, generator=torch.Generator().manual_seed(10 * rank + i)) for i in range(3)]
     for x in inputs[:2]:
         plain(x).square().sum().backward()
@@ -158,7 +158,7 @@ def test_a_second_backward_without_zero_grad_reduces_the_sum_as_in_torch(ranks):
 def branches(rank, world, group, level, bucket_bytes):
     model = converted(level, data_parallel=False)
     reducer = DataParallel(
-        model.named_parameters(), rule=(O2 if level == "O2" else O0)[Role.GRAD_WEIGHT],
+        model.named_parameters(), group=CountedGroup(), rule=(O2 if level == "O2" else O0)[Role.GRAD_WEIGHT],
         bucket_bytes=bucket_bytes,
     )  # fmt: skip
     model.never.weight.grad = kept = model.never.weight.detach().clone()
@@ -257,7 +257,7 @@ def overlapped(rank, world, group):
     """Buckets leave while backward goes on: collectives before the last gradient is there."""
     model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(6)))
     model = amp.initialize(model, level="O2", data_parallel=False)[0]
-    DataParallel(model.named_parameters(), rule=RULE, bucket_bytes=32 * 32)
+    DataParallel(model.named_parameters(), rule=RULE, group=CountedGroup(), bucket_bytes=32 * 32)
     seen = []
     with Spy(world, rank) as spy:
         model[0].weight.register_hook(lambda grad: seen.append(list(spy.names)))
@@ -313,7 +313,7 @@ def test_one_rank_needs_no_hooks(ranks):
 
 def one_rank(rank, world, group):
     model = nn.Linear(4, 4)
-    reducer = DataParallel(model.named_parameters(), rule=RULE)
+    reducer = DataParallel(model.named_parameters(), rule=RULE, group=CountedGroup())
     with Spy(world, rank) as spy, reducer.no_sync():
         model(torch.randn(2, 4)).sum().backward()
     return spy.names, reducer.wire.sent
@@ -331,14 +331,18 @@ def errors(rank, world, group):
     found = {"shapes": raised(lambda: amp.initialize(nn.Linear(4, 4 + rank // 2)))}
     model = nn.Linear(4, 4)
     model.bias.requires_grad_(False)
-    found["bucket"] = raised(lambda: DataParallel(model.named_parameters(), rule=RULE, bucket_bytes=0))
-    found["rounding"] = raised(
-        lambda: DataParallel(model.named_parameters(), rule=Rule(format=E4M3, rounding="stochastic"))
+    found["bucket"] = raised(
+        lambda: DataParallel(model.named_parameters(), rule=RULE, group=CountedGroup(), bucket_bytes=0)
     )
-    reducer = DataParallel(model.named_parameters(), rule=RULE)
+    found["rounding"] = raised(
+        lambda: DataParallel(
+            model.named_parameters(), rule=Rule(format=E4M3, rounding="stochastic"), group=CountedGroup()
+        )
+    )
+    reducer = DataParallel(model.named_parameters(), rule=RULE, group=CountedGroup())
     found["outside"] = raised(lambda: model.weight._post_accumulate_grad_hooks.popitem()[1](model.weight))
     reducer.remove()
-    reducer = DataParallel(model.named_parameters(), rule=RULE)
+    reducer = DataParallel(model.named_parameters(), rule=RULE, group=CountedGroup())
     model.bias.requires_grad_(True)
     found["thawed"] = raised(lambda: model(torch.ones(1, 4)).sum().backward())
     reducer.remove()
@@ -384,7 +388,7 @@ def test_activation_checkpointing_changes_nothing(ranks, reentrant):
 def reused(rank, world, group):
     """One weight in two reentrant checkpoints is accumulated twice in one backward, which no hook can foresee."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    DataParallel(model.named_parameters(), rule=RULE, bucket_bytes=1)
+    DataParallel(model.named_parameters(), rule=RULE, group=CountedGroup(), bucket_bytes=1)
     x = torch.randn(2, 8, requires_grad=True)
     for _ in range(2):
         x = torch.utils.checkpoint.checkpoint(model[0], x, use_reentrant=True)
@@ -404,7 +408,7 @@ def plain_pair(rank, world, group):
     """A plain model under our reducer and under torch's: the same bits, since two addends have one order."""
     torch.manual_seed(0)
     plain = Net()
-    reducer = DataParallel(plain.named_parameters(), rule=RULE)
+    reducer = DataParallel(plain.named_parameters(), rule=RULE, group=CountedGroup())
     branch = "left" if rank else "right"
     plain(tokens=batch(rank), branch=branch).backward()
     found = grads(plain)

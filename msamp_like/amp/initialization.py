@@ -1,0 +1,224 @@
+"""``amp.initialize``: checks, conversion, and the wiring of model, ranks and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from msamp_like import policy as policies
+from msamp_like.amp.wiring import Converted, Wiring, adopt_class, wiring_of
+from msamp_like.comm import tensor_parallel
+from msamp_like.comm.axes import Axes, Norms
+from msamp_like.comm.collectives import replicate
+from msamp_like.comm.data_parallel import DataParallel
+from msamp_like.comm.zero import OwnedWeights, Zero
+from msamp_like.nn import conversion
+from msamp_like.optim import LowPrecisionOptimizer, check, from_torch
+from msamp_like.policy import Policy, Role
+from msamp_like.scaling import Scaler, roll
+from msamp_like.tensor import ScalingTensor
+
+if TYPE_CHECKING:  # its import takes longer than the whole of ours
+    from torch.distributed.device_mesh import DeviceMesh
+
+Model = TypeVar("Model", bound=nn.Module)
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+
+def initialize(
+    model: Model,
+    optimizer: Optimizers = None,
+    level: str | Policy = "O2",
+    *,
+    recipe: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    mesh: DeviceMesh | None = None,
+    zero_stage: int | None = None,
+    data_parallel: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+    seed: int = 0,
+) -> tuple[Model, Any]:
+    """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
+
+    ``level`` is "O0", "O1", "O2", "O3" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the level's
+    own) or "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the torch
+    optimizer built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None (None
+    does) for a model that only runs; schedulers built on it go on working. ``seed`` starts the random stream of
+    stochastic rounding.
+
+    Where a process group of more than one rank is initialised the model becomes data-parallel over it, or over
+    ``process_group``, unless ``data_parallel=False``. ``mesh`` says instead which ranks are data-parallel ("dp"),
+    tensor-parallel ("tp") and pipeline stages ("pp"). ``zero_stage`` 1 or 2 gives every parameter one owner among its
+    data-parallel ranks (:mod:`msamp_like.comm.zero`), 0 none; None is the level's own: 1 at O3.
+
+    Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
+    override or mesh axis, a model that is converted already or has nothing to convert, an optimizer that cannot be
+    mapped or holds parameters that are not the model's, and a parameter in two optimizers.
+    """
+    policy = policies.resolve(level)
+    policy = policy.with_recipe(recipe) if recipe is not None else policy
+    policy = policy.override(overrides) if overrides else policy
+    policy = replace(policy, zero_stage=zero_stage) if zero_stage is not None else policy
+    several = isinstance(optimizer, Sequence)
+    sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    _check(model, sources, overrides or {})
+    axes = _axes(model, mesh, process_group, data_parallel)
+
+    if axes.data is not None:  # before conversion: masters are made from the values that every rank starts with
+        replicate([*model.named_parameters(), *model.named_buffers()], axes.data)
+    plans = conversion.plan(model, policy)
+    originals = conversion.convert(model, policy)
+    tensor_parallel.adopt(model, policy)
+    wiring = Wiring(policy, plans, axes)
+    adopt_class(model, wiring)
+    wiring.round_gradients(originals, scattered=_split_parameters(model))
+    _reduce_together(model, wiring)
+    optimizers = [_optimizer(source, wiring, originals, seed) for source in sources]
+    _roll_with(model, optimizers, axes)
+    axes.end_step()  # what made the ranks alike is no part of the first step
+    return model, optimizers if several else optimizers[0] if optimizers else None
+
+
+def _axes(
+    model: nn.Module, mesh: DeviceMesh | None, process_group: dist.ProcessGroup | None, data_parallel: bool
+) -> Axes:
+    """The ranks by axis; those over which the model is split are with the model already."""
+    split = tensor_parallel.context(model)
+    if mesh is not None:
+        if process_group is not None or not data_parallel:
+            raise ValueError(
+                "a mesh says which ranks work together, got process_group or data_parallel=False beside it; leave "
+                "them out, or leave the dp axis out of the mesh"
+            )
+        axes = Axes.of_mesh(mesh)
+        expected, found = (None if g is None else g.ranks for g in (axes.tensor, split))
+        if expected != found:
+            raise ValueError(
+                f"the model must be split over the mesh's tp axis, got an axis of ranks {expected} and a model split "
+                f"over {found}; call parallelize(model, mesh['tp'], plan) before amp.initialize(..., mesh=mesh)"
+            )
+    else:
+        parallel = data_parallel and dist.is_available() and dist.is_initialized()
+        if parallel and split is not None:
+            raise ValueError(
+                f"a model that is split over ranks {split.ranks} needs to know which others are data-parallel, got no "
+                "mesh; give mesh=, or data_parallel=False where there are none"
+            )
+        axes = Axes.of_group(process_group) if parallel else Axes()
+    axes.tensor = split
+    return axes
+
+
+def _split_parameters(model: nn.Module) -> list[Tensor]:
+    split = tensor_parallel.sharded_parameters(model)
+    return [p for name, p in model.named_parameters(remove_duplicate=False) if name in split]
+
+
+def _reduce_together(model: nn.Module, wiring: Wiring) -> None:
+    """Hooks that reduce gradients, and what joins their norms."""
+    named, axes, stage = list(model.named_parameters()), wiring.axes, wiring.policy.zero_stage
+    partial = [p for _, p in tensor_parallel.partial_gradients(model)]
+    split = _split_parameters(model)
+    options: dict[str, Any] = {
+        "rule": wiring.policy[Role.GRAD_WEIGHT],
+        "group": axes.data,
+        "partial": partial,
+        "tensor_group": axes.tensor,
+    }
+    owned = stage > 0 and axes.data is not None
+    if owned:
+        wiring.reducer = Zero(named, stage=stage, **options)
+    elif axes.data is not None or partial:
+        wiring.reducer = DataParallel(named, scattered=split, **options)
+    if owned or axes.tensor is not None or axes.pipeline is not None:
+        ids = {id(p) for p in split}
+        wiring.norms = Norms(axes, owned=owned, sharded=[id(p) in ids for _, p in named])
+
+
+def _optimizer(
+    source: torch.optim.Optimizer, wiring: Wiring, originals: Mapping[Tensor, Tensor], seed: int
+) -> LowPrecisionOptimizer:
+    parameters = [p for group in source.param_groups for p in group["params"]]
+    placement = OwnedWeights(parameters, wiring.reducer) if isinstance(wiring.reducer, Zero) else None
+    made = from_torch(source, wiring.policy, originals, seed, placement)
+    wiring.placements.append(placement)
+    if wiring.norms is not None:
+        made.agree_max = wiring.axes.agree_max
+    return made
+
+
+def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], overrides: Mapping[str, str]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, Converted) or any(isinstance(p, ScalingTensor) for p in model.parameters()):
+        raise ValueError(
+            "a model is initialized once, got one that is converted already; call amp.restore(model) first to "
+            "change its level, and give several optimizers in one call as a list"
+        )
+    names = [name for name, _ in model.named_modules()]
+    for pattern in overrides:
+        if not any(policies.matches(name, pattern) for name in names):
+            raise ValueError(
+                f"an override must match a module's name, got {pattern!r}, which matches none of {len(names)}; "
+                "list them with model.named_modules()"
+            )
+    known = {id(p): name for name, p in model.named_parameters()}
+    owner: dict[int, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        check(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in known:
+                    raise ValueError(
+                        f"an optimizer's parameters must be the model's, got one of shape {tuple(parameter.shape)} "
+                        "that is not; build it on model.parameters() of this very model, after moving it to its device"
+                    )
+                if owner.setdefault(id(parameter), number) != number:
+                    raise ValueError(
+                        f"a parameter belongs to one optimizer, got {known[id(parameter)]!r} in two; "
+                        "take it out of one of them"
+                    )
+
+
+def _roll_with(model: nn.Module, optimizers: Sequence[LowPrecisionOptimizer], axes: Axes) -> None:
+    """Each optimizer's step rolls the scalers of its weights; those of frozen weights go with the first."""
+    owned: list[list[Scaler]] = [[] for _ in optimizers]
+    owner = {id(p): number for number, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    seen: set[int] = set()
+    for parameter in model.parameters():
+        gemm = parameter.gemm if isinstance(parameter, ScalingTensor) else None
+        if optimizers and gemm is not None and id(gemm) not in seen:
+            seen.add(id(gemm))
+            owned[owner.get(id(parameter), 0)] += [gemm.input, gemm.grad_output]  # type: ignore[attr-defined]
+    for optimizer, scalers in zip(optimizers, owned, strict=True):
+        optimizer.register_step_post_hook(_rolls(scalers, axes))
+
+
+def _rolls(scalers: list[Scaler], axes: Axes) -> Callable[..., None]:
+    def rolled(*_: Any) -> None:
+        roll(scalers, axes.reduce_max)
+        axes.end_step()
+
+    return rolled
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Back to a plain torch model, in place: parameters hold the values that FP8 training gave them, hooks are gone.
+
+    The optimizer that ``initialize`` returned has nothing to step any more; build a torch optimizer to go on.
+    """
+    wiring = wiring_of(model)
+    conversion.check_swappable((n, p) for n, p in model.named_parameters() if isinstance(p, ScalingTensor))
+    for removable in wiring.removable:
+        removable.remove()
+    if wiring.reducer is not None:
+        wiring.reducer.remove()
+    tensor_parallel.forget(model)
+    model.__class__ = type(model).__mro__[2]
+    del model._wiring
+    return conversion.restore(model)

@@ -1,0 +1,128 @@
+"""What a converted model shows and saves: its state, its proof of FP8, the bytes it holds and sends; and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from msamp_like.amp.wiring import wiring_of
+from msamp_like.comm.ledger import Line, ledger
+from msamp_like.comm.zero import OwnedWeights
+from msamp_like.nn import clip_grad
+from msamp_like.optim import LowPrecisionOptimizer
+from msamp_like.scaling import Scaler
+from msamp_like.telemetry import memory
+from msamp_like.telemetry.report import Report, make_report
+
+
+def clip_grad_norm_(model: nn.Module | Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Scale the gradients so that their joint norm is at most ``max_norm``; returns the norm before, a scalar tensor.
+
+    ``model`` is the one that :func:`initialize` returned: the norm is then that of all gradients, on whichever rank
+    they lie, and every rank has to call this. Parameters do where every rank has all gradients. See
+    :func:`msamp_like.nn.clip_grad_norm_`.
+    """
+    if not isinstance(model, nn.Module):
+        return clip_grad.clip_grad_norm_(model, max_norm, norm_type)
+    return clip_grad.clip_grad_norm_(model.parameters(), max_norm, norm_type, reduction=wiring_of(model).norms)
+
+
+def _scalers(model: nn.Module) -> Iterator[tuple[str, Scaler]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Scaler))
+
+
+def _listed(optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) -> list[LowPrecisionOptimizer]:
+    return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+
+
+def state_dict(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) -> dict[str, Any]:
+    """Everything a resume needs, the same on every data-parallel rank: weights, optimizer states, amax histories.
+
+    Holds the live tensors, not copies, and no pickled object: nested dicts and lists of tensors and plain values. Where
+    states are with their owners (ZeRO) every rank has to call this; those of the others then come as copies on the CPU.
+    """
+    wiring = wiring_of(model)
+    saved = [o.state_dict() for o in _listed(optimizer)]
+    for state, one in zip(saved, _listed(optimizer), strict=True):
+        if isinstance(one.placement, OwnedWeights):
+            state["state"] = one.placement.gather_states(state["state"])
+    return {
+        "policy": str(wiring.policy),
+        "model": dict(model.state_dict()),
+        "optimizers": saved,
+        "scalers": {name: scaler.state() for name, scaler in _scalers(model)},
+    }
+
+
+def load_state_dict(
+    model: nn.Module,
+    optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer],
+    state: Mapping[str, Any],
+) -> None:
+    """Continue from :func:`state_dict`, bit for bit, at any world size.
+
+    Raises ValueError, before anything is written, for the state of another policy, model or set of optimizers.
+    """
+    policy, optimizers = str(wiring_of(model).policy), _listed(optimizer)
+    if state.get("policy") != policy:
+        raise ValueError(
+            "a saved state must be of the policy that the model was initialized with, got\n"
+            f"{state.get('policy')}\nfor\n{policy}\ninitialize with the level, recipe and overrides of the checkpoint"
+        )
+    if len(state["optimizers"]) != len(optimizers):
+        raise ValueError(f"the state holds {len(state['optimizers'])} optimizers, got {len(optimizers)} to load into")
+    current = model.state_dict()
+    shapes = {n: getattr(t, "shape", None) for n, t in current.items()}  # an extra state is no tensor
+    wrong = [n for n, t in state["model"].items() if n not in current or shapes[n] != getattr(t, "shape", None)]
+    wrong += [n for n in current if n not in state["model"]]
+    scalers = dict(_scalers(model))
+    wrong += sorted(set(scalers) ^ set(state["scalers"]))
+    if wrong:
+        raise ValueError(
+            f"a saved state must be of the same model, {len(wrong)} names or shapes differ, first {wrong[0]!r}; "
+            "build the model with the settings of the checkpoint"
+        )
+    for one, saved in zip(optimizers, state["optimizers"], strict=True):
+        one.check_state(saved)
+    model.load_state_dict(state["model"])
+    for one, saved in zip(optimizers, state["optimizers"], strict=True):
+        one.load_state_dict(saved)
+    for name, scaler in scalers.items():
+        scaler.load_state(state["scalers"][name])
+
+
+# --- proof ----------------------------------------------------------------------------------------------------------
+
+
+def fp8_report(model: nn.Module) -> Report:
+    """Every Linear and embedding: in FP8 or not, why not, and the share of the FLOPs and bytes. Print it."""
+    wiring = wiring_of(model)
+    return make_report(wiring.policy.name, wiring.plans)
+
+
+def state_bytes(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer states by role, measured on the tensors that exist now."""
+    optimizers = _listed(optimizer)
+    states = [(p, s) for o in optimizers for p, s in o.state.items()]
+    roles = {name: role for o in optimizers for name, role in o.roles.items()}
+    return memory.state_bytes(model, states, roles, wiring_of(model).policy.parameter)
+
+
+def wire_bytes(model: nn.Module) -> dict[str, int] | None:
+    """Bytes that the step's gradients sent from this rank, and what BF16 would have; None without data parallelism."""
+    reducer = wiring_of(model).reducer
+    if reducer is None:
+        return None
+    wire = reducer.wire
+    return {"sent": wire.sent, "bf16": wire.bf16, "fp8_sent": wire.fp8_sent, "fp8_bf16": wire.fp8_bf16}
+
+
+def wire_ledger(model: nn.Module) -> list[Line]:
+    """Every collective of the step by mesh axis and label, gradients, weights and decisions alike: bytes that left this
+    rank, and what the plan expects."""
+    wiring = wiring_of(model)
+    delayed = sum(scaler.rule.history > 0 for _, scaler in _scalers(model))
+    decisions = {"scalers": delayed, "skip": 1, "norm": len(list(model.parameters()))}
+    return ledger(wiring.axes, wiring.reducer, wiring.placements, decisions)

@@ -1,0 +1,99 @@
+"""What ties a converted model together, and the class that a model gets with it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msamp_like.comm.axes import Axes, Norms
+from msamp_like.comm.data_parallel import DataParallel
+from msamp_like.comm.zero import OwnedWeights
+from msamp_like.nn import conversion
+from msamp_like.nn.conversion import Plan
+from msamp_like.policy import Policy, Role, Rule
+from msamp_like.scaling import quantize
+from msamp_like.tensor import ScalingTensor, real, unscaled
+
+
+class Wiring:
+    """What ties a converted model together. A deep copy of the model stands outside data parallelism and optimizer."""
+
+    def __init__(self, policy: Policy, plans: Sequence[Plan], axes: Axes) -> None:
+        self.policy = policy
+        self.plans = tuple(plans)
+        self.axes = axes
+        self.reducer: DataParallel | None = None
+        self.norms: Norms | None = None
+        self.placements: list[OwnedWeights | None] = []
+        self.rounded: list[Tensor] = []
+        self.scattered: list[Tensor] = []
+        self.removable: list[Any] = []
+
+    def round_gradients(self, parameters: Iterable[Tensor], scattered: Sequence[Tensor]) -> None:
+        """Have the first gradient of each of the parameters stored as the policy says, and marked if ``scattered``."""
+        rule, elsewhere = self.policy[Role.GRAD_WEIGHT], {id(p) for p in scattered}
+        self.scattered += scattered
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self.rounded.append(parameter)
+                hook = _rounds_first(parameter, rule, id(parameter) in elsewhere)
+                self.removable.append(parameter.register_hook(hook))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
+        made = Wiring(self.policy, [copy.deepcopy(plan, memo) for plan in self.plans], Axes())
+        made.round_gradients(copy.deepcopy(self.rounded, memo), copy.deepcopy(self.scattered, memo))
+        return made
+
+
+class Converted:
+    """Mixed into the class of a model by :func:`initialize`; the model object stays the one the user built."""
+
+    _wiring: Wiring
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, backward accumulates gradients on this rank; the first backward outside of it reduces the sum."""
+        reducer = self._wiring.reducer
+        return reducer.no_sync() if reducer is not None else contextlib.nullcontext()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What ``to``, ``cuda`` and ``half`` call. torch exchanges the contents of our weights there, and their hooks,
+        which round gradients and reduce them, would be left behind."""
+        made = super()._apply(fn, recurse)  # type: ignore[misc]
+        conversion.rearm_hooks(self.parameters())  # type: ignore[attr-defined]
+        return made
+
+
+def adopt_class(model: nn.Module, wiring: Wiring) -> None:
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (Converted, cls), {"__module__": cls.__module__})
+    model._wiring = wiring  # type: ignore[assignment]
+
+
+def wiring_of(model: nn.Module) -> Wiring:
+    if not isinstance(model, Converted):
+        raise ValueError(
+            f"this needs the model that amp.initialize returned, got a plain {type(model).__name__}; initialize it "
+            "first, and pass the model itself, not a wrapper of it"
+        )
+    return model._wiring
+
+
+def _rounds_first(parameter: Tensor, rule: Rule, scattered: bool) -> Callable[[Tensor], Tensor]:
+    def rounded(grad: Tensor) -> Tensor:
+        """The first micro-batch's gradient is stored as the rule says; from the second on ``.grad`` is a BF16 sum."""
+        held = parameter.grad
+        if isinstance(held, ScalingTensor) and held.format.scaled:
+            held.replace_(unscaled(real(held, torch.bfloat16), held.dtype))
+        if held is not None or (isinstance(grad, ScalingTensor) and grad.format == rule.format):
+            return grad
+        stored = quantize(real(grad), rule)
+        made = ScalingTensor(stored.payload, stored.scale_inv, stored.block, grad.dtype)
+        made.scattered = scattered
+        return made
+
+    return rounded
