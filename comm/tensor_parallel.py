@@ -205,7 +205,10 @@ def _shard(model: nn.Module, group: CountedGroup) -> None:
     for _, parameter, shard in _sharded(model):
         if id(parameter) not in done:
             done.add(id(parameter))
-            parameter.data = shard.of(parameter.detach(), group.rank, group.world)
+            attributes = dict(vars(parameter))
+            share = nn.Parameter(shard.of(parameter.detach(), group.rank, group.world), parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, share)  # not .data: a graph that is alive expects the old shape
+            vars(parameter).update(attributes)
             rearm_hooks([parameter])
 
 
