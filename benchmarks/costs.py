@@ -100,6 +100,21 @@ def repeated(cost: Cost, times: int) -> float:
     return cost.seconds + (times - 1) * max(phase.seconds for phase in cost.phases)
 
 
+def joined(first: Cost, second: Cost) -> Cost:
+    """Two collectives of one bucket, one after the other: phase by phase on the same links."""
+    longer, shorter = sorted((first.phases, second.phases), key=len, reverse=True)
+    pairs = [
+        Phase(
+            seconds=a.seconds + b.seconds,
+            inside_bytes=a.inside_bytes + b.inside_bytes,
+            across_bytes=a.across_bytes + b.across_bytes,
+            messages=a.messages + b.messages,
+        )
+        for a, b in zip(longer, shorter)
+    ]
+    return Cost((*pairs, *longer[len(pairs) :]))
+
+
 def _on(link: Link, sent: float, messages: int) -> float:
     """Seconds of ``messages`` that do not wait for each other."""
     return link.latency_s + (messages - 1) * link.gap_s + sent / link.bandwidth if messages else 0.0
@@ -159,8 +174,11 @@ def forwarded(cluster: Cluster, group: Group, buffer: float) -> Cost:
 
 
 def summed(cluster: Cluster, group: Group, buffer: float, partial: float) -> Cost:
-    """A reduce-scatter in two hops with a sum between them; ``partial`` is the buffer's size as partial sums travel."""
-    return _two_hops(cluster, group, buffer, partial / group.per_node)
+    """A reduce-scatter in two hops with a sum between them; ``partial`` is the buffer's size as partial sums travel.
+
+    With one rank a node there is nothing to sum before its edge, and the buffer travels as it is.
+    """
+    return _two_hops(cluster, group, buffer, partial / group.per_node if group.per_node > 1 else buffer)
 
 
 def _two_hops(cluster: Cluster, group: Group, inside: float, across: float) -> Cost:

@@ -14,6 +14,7 @@ For each, at every world, beside each other:
 
     reduce_scatter  codes travel, the owner sums in FP32: what a sharded optimizer reads
     all_reduce      the same, rounded once more and gathered: what replicas read
+    ..._between     both by NodeSums (``comm/hierarchical.py``): nodes of up to 8, partial sums in BF16 or E4M3
     ring, tree      summed in E4M3, rounded after every addition, under the best scale there is (``fp8_sums.py``)
     fp8_lm          the paper's scheme with mu, around a ring
 
@@ -38,7 +39,8 @@ from benchmarks.result import parser, write
 from benchmarks.simulated_ranks import SimulatedGroup, simulate
 from msamp_like.comm.buckets import Layout
 from msamp_like.comm.collectives import Steps, all_gather_quantized, reduce_scatter_quantized
-from msamp_like.formats import E4M3, WHOLE, Block
+from msamp_like.comm.hierarchical import NodeSums
+from msamp_like.formats import BF16, E4M3, WHOLE, Block, Format
 from msamp_like.policy import Rule
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor
@@ -75,22 +77,33 @@ def inputs(kind: str, world: int, shape: tuple[int, int] = SHAPE, seed: int = 0)
     return values
 
 
+def per_node(world: int) -> int:
+    """Ranks a node where there are nodes: 8, or what leaves two nodes."""
+    return min(8, world // 2)
+
+
 # --- the product's reduction ----------------------------------------------------------------------------------------
 
 
-def product(values: Tensor, block: Block) -> dict[str, Tensor]:
-    """Means over dim 0 of (world, rows, columns) by the product's two halves on simulated ranks."""
+def product(values: Tensor, block: Block, between: Format | None = None) -> dict[str, Tensor]:
+    """Means over dim 0 of (world, rows, columns) by the product's two halves on simulated ranks.
+
+    With ``between`` the first half sums inside nodes and then across, and partial sums travel in that format.
+    """
     world, shape = values.shape[0], values[0].shape
     rule = Rule(format=E4M3, block=block)
 
     def steps(group: SimulatedGroup) -> Steps[tuple[Tensor, Tensor, Tensor]]:
         layout = Layout([shape], block, world, group.rank)
         packed = layout.pack([quantize(values[group.rank], rule)], rule.format, values.device)
-        shard, present = yield from reduce_scatter_quantized(*packed, layout, group)
+        if between is None:
+            shard, present = yield from reduce_scatter_quantized(*packed, layout, group)
+        else:
+            shard, present = yield from NodeSums(layout, rule, group, Rule(format=between)).reduce_scatter(*packed)
         gathered = yield from all_gather_quantized(shard, present, layout, rule, group)
         return shard, gathered[0], gathered[1]
 
-    answers = simulate(world, steps)
+    answers = simulate(world, steps, per_node(world) if between else 0)
     layout = Layout([shape], block, world, 0)
     exact_half = layout.unpack(torch.stack([shard for shard, _, _ in answers]), answers[0][2])[0][0]
     mean = ScalingTensor(*layout.unpack(answers[0][1], answers[0][2])[0], block)
@@ -117,6 +130,8 @@ def measure(kind: str, world: int, block: Block, shape: tuple[int, int] = SHAPE)
     values = inputs(kind, world, shape)
     exact = values.double().mean(0)
     found = product(values, block)
+    for between in (BF16, E4M3) if world > 2 else ():
+        found |= {f"{name}_{between}_between": mean for name, mean in product(values, block, between).items()}
     found |= fp8_sums(values, 0 if block == WHOLE else block[1])
     settled: dict[str, float] = {}
     if block == WHOLE:  # the paper has one scale a tensor
@@ -160,7 +175,8 @@ def draw(results: dict[str, Any], out: Path) -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("SQNR, dB")
     axes[0].legend(fontsize="small")
-    figure.savefig(out, metadata={"Date": None})
+    with pyplot.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)
     print(f"wrote {out}")
 

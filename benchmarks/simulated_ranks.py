@@ -40,7 +40,10 @@ class Arrival:
 
 
 class SimulatedGroup:
-    """One rank's end of an :class:`Exchange`, called as CountedGroup is."""
+    """One rank's end of an :class:`Exchange`, called as CountedGroup is; with nodes, as TwoLevelGroup's hops are."""
+
+    inside: SimulatedGroup
+    across: SimulatedGroup
 
     def __init__(self, exchange: Exchange, rank: int, world: int) -> None:
         self.exchange, self.rank, self.world = exchange, rank, world
@@ -50,6 +53,11 @@ class SimulatedGroup:
         call, self.calls = self.calls, self.calls + 1
         self.exchange.post(call, self.rank, x)
         return call
+
+    def grid(self, splits: Sequence[int]) -> list[Sequence[int]]:
+        """One number a rank as (nodes, places)."""
+        places = self.inside.world
+        return [splits[start : start + places] for start in range(0, self.world, places)]
 
     def all_to_all(
         self,
@@ -94,10 +102,22 @@ class SimulatedGroup:
         return Arrival(fill)
 
 
-def simulate(world: int, start: Callable[[SimulatedGroup], Generator[None, None, T]]) -> list[T]:
-    """``start(group)`` of every rank, all run to their ends in turn; their results by rank."""
+def groups_of(world: int, per_node: int = 0) -> list[SimulatedGroup]:
+    """The groups of all ranks; with ``per_node`` each has the groups of its node and of its place too."""
     exchange = Exchange()
-    running = {rank: start(SimulatedGroup(exchange, rank, world)) for rank in range(world)}
+    groups = [SimulatedGroup(exchange, rank, world) for rank in range(world)]
+    if per_node:
+        nodes, places = ([Exchange() for _ in range(count)] for count in (world // per_node, per_node))
+        for group in groups:
+            node, place = divmod(group.rank, per_node)
+            group.inside = SimulatedGroup(nodes[node], place, per_node)
+            group.across = SimulatedGroup(places[place], node, world // per_node)
+    return groups
+
+
+def simulate(world: int, start: Callable[[SimulatedGroup], Generator[None, None, T]], per_node: int = 0) -> list[T]:
+    """``start(group)`` of every rank, all run to their ends in turn; their results by rank."""
+    running = {group.rank: start(group) for group in groups_of(world, per_node)}
     results: dict[int, T] = {}
     while running:
         for rank, steps in list(running.items()):

@@ -15,6 +15,7 @@ from benchmarks.simulated_ranks import simulate
 from msamp_like.comm.buckets import Layout
 from msamp_like.comm.collectives import all_reduce_fp8, finish, reduce_scatter_quantized
 from msamp_like.comm.group import CountedGroup
+from msamp_like.comm.hierarchical import NodeSums, two_level
 from msamp_like.formats import E4M3, WHOLE
 from msamp_like.policy import Rule
 from msamp_like.scaling import quantize
@@ -28,13 +29,17 @@ RESULT = Path(__file__).resolve().parent.parent / "docs" / "results" / "reductio
 
 
 def on_ranks(rank, world, group, kind, block):
-    """This rank's shard after the first half, and the mean after both."""
+    """This rank's shard after the first half, and the mean after both; and the shard summed in two levels."""
     rule = Rule(format=E4M3, block=block)
     mine = inputs(kind, world, SHAPE)[rank]
     layout = Layout([torch.Size(SHAPE)], block, world, rank)
     packed = layout.pack([quantize(mine, rule)], rule.format, mine.device)
     shard, _ = finish(reduce_scatter_quantized(*packed, layout, CountedGroup(group)))
-    return shard, all_reduce_fp8([mine], rule, CountedGroup(group))[0].dequantize()
+    mean = all_reduce_fp8([mine], rule, CountedGroup(group))[0].dequantize()
+    if world == 2:
+        return shard, mean, None
+    sums = NodeSums(layout, rule, two_level(2, group), Rule(format=E4M3))
+    return shard, mean, finish(sums.reduce_scatter(*packed))[0]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -42,10 +47,18 @@ def on_ranks(rank, world, group, kind, block):
 def test_simulated_ranks_give_the_bits_of_gloo_ranks(ranks, world, kind, block):
     answers = ranks(world, on_ranks, kind, block)
     found = product(inputs(kind, world, SHAPE), block)
-    shards = torch.stack([shard for shard, _ in answers])
     layout = Layout([torch.Size(SHAPE)], block, world, 0)
-    assert same_bits(found["reduce_scatter"], layout.unpack(shards, torch.ones(layout.num_scales))[0][0].contiguous())
-    assert all(same_bits(found["all_reduce"], mean) for _, mean in answers)
+    whole = [
+        layout.unpack(torch.stack(shards), torch.ones(layout.num_scales))[0][0]
+        for shards in zip(*((shard, summed) for shard, _, summed in answers))
+        if shards[0] is not None
+    ]
+    assert same_bits(found["reduce_scatter"], whole[0])
+    assert all(same_bits(found["all_reduce"], mean) for _, mean, _ in answers)
+    if world == 4:
+        in_nodes = product(inputs(kind, world, SHAPE), block, E4M3)["reduce_scatter"]
+        assert same_bits(in_nodes, whole[1])
+        assert not same_bits(in_nodes, whole[0])
     other = product(inputs(kind, world, SHAPE, seed=1), block)
     assert not same_bits(other["all_reduce"], found["all_reduce"])  # the comparison can fail
 
