@@ -175,7 +175,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("SQNR, dB")
     axes[0].legend(fontsize="small")
-    with pyplot.rc_context({"svg.fonttype": "none"}):
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "msamp_like"}):
         figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)
     print(f"wrote {out}")

@@ -266,7 +266,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
             if line == 1:
                 axis.set_xlabel("GPUs")
     axes[0][0].legend(fontsize="x-small")
-    with pyplot.rc_context({"svg.fonttype": "none"}):
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "msamp_like"}):
         figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)
     print(f"wrote {out}")

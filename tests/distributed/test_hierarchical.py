@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from msamp_like import amp
 from msamp_like.comm.buckets import Layout
 from msamp_like.comm.collectives import all_reduce_fp8, finish, reduce_scatter_quantized
+from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.group import CountedGroup
 from msamp_like.comm.hierarchical import NodeSums, TwoLevelGroup, by_columns, two_level
 from msamp_like.formats import BF16, E4M3, WHOLE
-from msamp_like.policy import Rule
+from msamp_like.policy import O2, Role, Rule
 from msamp_like.scaling import quantize
 from tests.closeness import same_bits, sqnr
 
@@ -77,6 +80,31 @@ def test_a_reduction_in_two_hops_has_the_bits_of_the_flat_one(ranks, block):
         for (codes, scales), (codes1, scales1) in zip(mine, flat):
             assert same_bits(codes, codes1)
             assert same_bits(scales, scales1)
+
+
+def backward(rank, world, group, hops):
+    """Gradients of six layers in six buckets, several under way at once, and the ledger's axes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(6)))
+    model = amp.initialize(model, level="O2", data_parallel=False)[0]
+    counted = two_level(2, group) if hops == 2 else CountedGroup(group)
+    reducer = DataParallel(model.named_parameters(), rule=O2[Role.GRAD_WEIGHT], group=counted, bucket_bytes=32 * 32)
+    model(torch.randn(4, 32, generator=torch.Generator().manual_seed(rank))).square().sum().backward()
+    reducer.remove()
+    stored = [(p.grad.payload.view(torch.uint8), p.grad.scale_inv) for p in model.parameters()]
+    return stored, sorted({(entry.axis, entry.collective) for entry in counted.ledger})
+
+
+def test_a_backward_in_two_hops_has_the_bits_of_the_flat_one(ranks):
+    """The second hop is issued when the first is waited for: in one order on all ranks, others under way."""
+    two, one = ranks(4, backward, 2), ranks(4, backward, 1)
+    for (stored, axes), (expected, flat_axes) in zip(two, one):
+        for (codes, scales), (codes1, scales1) in zip(stored, expected, strict=True):
+            assert same_bits(codes, codes1)
+            assert same_bits(scales, scales1)
+        assert {("dp/inside", "all_to_all"), ("dp/across", "all_to_all")} <= set(axes)
+        assert ("dp", "all_to_all") in flat_axes
+        assert ("dp", "all_to_all") not in axes
 
 
 def wrong_nodes(rank, world, group):
