@@ -13,6 +13,7 @@ read the weight through ``F.linear`` alone, so the conversion of amp takes the w
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ class Context:
         self.sequence = sequence
         self.rule: Rule | None = None
         self.partial: list[nn.Module] = []
+        self._travel = sequence_parallel.uncompiled()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         made = memo[id(self)] = Context(self.group, sequence=self.sequence)
@@ -63,7 +65,7 @@ class Context:
         return made
 
     def route(self, label: str) -> Route:
-        return Route(group=self.group, rule=self.rule, label=label)
+        return Route(group=self.group, rule=self.rule, label=label, travel=self._travel)
 
     def enter(self, x: Tensor, label: str) -> Tensor:
         """``x`` as every rank's split products read it: whole sequences."""
@@ -104,7 +106,7 @@ class ColumnLinear(Parallel, ReadsAsBase, nn.Linear):
         output = F.linear(input, self.weight, self.bias)
         if not self.gather_output:
             return output
-        route = Route(group=self.context.group, rule=None, label=f"{self.label}/output", dim=-1)
+        route = replace(self.context.route(f"{self.label}/output"), rule=None, dim=-1)
         return sequence_parallel.join(output, route)  # as it is: no sum, and a rounding would reach the loss
 
     def shards(self) -> dict[str, Shard]:

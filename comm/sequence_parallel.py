@@ -20,7 +20,7 @@ Both directions travel as the route's rule says. Left out: overlap of these exch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,19 +35,6 @@ SEQUENCE_DIM = -2
 """Activations are (..., T, C)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """How a tensor travels: over which ranks, under which rule (None: as it is), along which dim, by which name."""
-
-    group: CountedGroup
-    rule: Rule | None
-    label: str
-    dim: int = SEQUENCE_DIM
-
-
-Exchange = Callable[[Tensor, Route, str], Tensor]
-
-
 class _Travel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, there: Exchange, back: Exchange, route: Route) -> Tensor:  # type: ignore[override]
@@ -60,41 +47,59 @@ class _Travel(torch.autograd.Function):
         return ctx.back(grad, ctx.route, f"{ctx.route.label}/backward"), None, None, None
 
 
-@torch.compiler.disable  # a collective, and the count of its bytes, belong to no graph
-def _travel(x: Tensor, there: Exchange, back: Exchange, route: Route) -> Tensor:
-    return _Travel.apply(x, there, back, route)
+def uncompiled() -> Callable[..., Tensor]:
+    """What every exchange below runs in, outside of compiled graphs: a collective and the count of its bytes belong to
+    none. Not made at import, for the compiler behind it takes longer to import than the whole of this package."""
+    return torch.compiler.disable(_Travel.apply)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """How a tensor travels: over which ranks, under which rule (None: as it is), along which dim, by which name.
+
+    ``travel`` is :func:`uncompiled`'s, made once for all routes of a model.
+    """
+
+    group: CountedGroup
+    rule: Rule | None
+    label: str
+    dim: int = SEQUENCE_DIM
+    travel: Callable[..., Tensor] = field(default_factory=uncompiled)
+
+
+Exchange = Callable[[Tensor, Route, str], Tensor]
 
 
 def copy(x: Tensor, route: Route) -> Tensor:
     """``x``, which all ranks hold; its gradient is the sum of theirs."""
-    return _travel(x, _itself, _all_reduce, route)
+    return route.travel(x, _itself, _all_reduce, route)
 
 
 def reduce(x: Tensor, route: Route) -> Tensor:
     """The sum of all ranks' ``x``; its gradient, which all ranks hold, goes to each."""
-    return _travel(x, _all_reduce, _itself, route)
+    return route.travel(x, _all_reduce, _itself, route)
 
 
 def gather(x: Tensor, route: Route) -> Tensor:
     """Every rank's part side by side; the gradient is this rank's part of the sum of theirs."""
-    return _travel(x, _all_gather, _reduce_scatter, route)
+    return route.travel(x, _all_gather, _reduce_scatter, route)
 
 
 def scatter(x: Tensor, route: Route) -> Tensor:
     """This rank's part of the sum of all ranks' ``x``; raises ValueError where the dim does not divide by the ranks."""
     _check_divides(x, route)
-    return _travel(x, _reduce_scatter, _all_gather, route)
+    return route.travel(x, _reduce_scatter, _all_gather, route)
 
 
 def split(x: Tensor, route: Route) -> Tensor:
     """This rank's part of ``x``, which all ranks hold; raises ValueError where the dim does not divide."""
     _check_divides(x, route)
-    return _travel(x, _own_part, _all_gather, route)
+    return route.travel(x, _own_part, _all_gather, route)
 
 
 def join(x: Tensor, route: Route) -> Tensor:
     """Every rank's part side by side, for ranks that go on alike: the gradient is this rank's part of its own."""
-    return _travel(x, _all_gather, _own_part, route)
+    return route.travel(x, _all_gather, _own_part, route)
 
 
 def _check_divides(x: Tensor, route: Route) -> None:

@@ -49,7 +49,7 @@ from msamp_like.comm.parallel_plan import (
     plan_decoder,
     plan_gpt,
 )
-from msamp_like.comm.vocab_parallel import VocabCrossEntropy, VocabEmbedding
+from msamp_like.comm.vocab_parallel import VocabCrossEntropy, VocabEmbedding, uncompiled_losses
 from msamp_like.nn.conversion import rearm_hooks
 from msamp_like.policy import Policy, Role
 from msamp_like.tensor import real
@@ -151,7 +151,7 @@ def _vocab(one: Found, context: Context, entered: bool) -> None:
 
 
 def _loss(one: Found, context: Context, entered: bool) -> None:
-    _become(one, context, VocabCrossEntropy)
+    _become(one, context, VocabCrossEntropy).losses = uncompiled_losses()
 
 
 def _enter(one: Found, context: Context, entered: bool) -> None:

@@ -11,6 +11,7 @@ smoothing, and embeddings whose gradient is sparse or whose rows are renormalise
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,17 +51,14 @@ class VocabCrossEntropy(Parallel, nn.CrossEntropyLoss):
     A target outside of the vocabulary, other than ``ignore_index``, makes the loss infinite.
     """
 
+    losses: Callable[..., Tensor]  # uncompiled_losses(), made once
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """input (N, V / ranks), target (N,), the same on every rank, to a scalar, or (N,) with reduction "none"."""
-        losses = _cross_entropy(input, target, self.ignore_index, self.context.group, f"{self.label}/forward")
+        losses = self.losses(input, target, self.ignore_index, self.context.group, f"{self.label}/forward")
         if self.reduction == "none":
             return losses
         return losses.sum() / ((target != self.ignore_index).sum() if self.reduction == "mean" else 1)
-
-
-@torch.compiler.disable  # a collective belongs to no graph
-def _cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, group: CountedGroup, label: str) -> Tensor:
-    return _CrossEntropy.apply(logits, target, ignore_index, group, label)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -96,3 +94,8 @@ class _CrossEntropy(torch.autograd.Function):
         grad.scatter_add_(-1, column, -present.unsqueeze(-1).float())
         grad *= (grad_losses * counts).unsqueeze(-1)
         return grad.to(logits.dtype), None, None, None, None
+
+
+def uncompiled_losses() -> Callable[..., Tensor]:
+    """The losses (N,) outside of compiled graphs, as :func:`.sequence_parallel.uncompiled` has its exchanges."""
+    return torch.compiler.disable(_CrossEntropy.apply)
