@@ -38,7 +38,7 @@ from msamp_like.comm.tensor_parallel import (
     plan_gpt,
     sharded_parameters,
 )
-from msamp_like.formats import E4M3
+from msamp_like.formats import E4M3, FP32
 from msamp_like.models.gpt import GPT, GPTConfig
 from msamp_like.policy import LEVELS, O2, Role, Rule
 from msamp_like.scaling import roll
@@ -72,7 +72,7 @@ def batch(config: GPTConfig = SMALL) -> tuple[Tensor, Tensor]:
 def whole_grads(model: nn.Module) -> dict[str, Tensor]:
     """Every gradient of a split model as the whole model has it."""
     shards, group = sharded_parameters(model), context(model)
-    parts = {id(p) for _, p in partial_gradients(model)}
+    parts = () if isinstance(model, amp.Converted) else {id(p) for _, p in partial_gradients(model)}
     found = {}
     for name, parameter in model.named_parameters():
         grad = real(parameter.grad).clone()
@@ -194,7 +194,7 @@ def test_a_split_model_is_as_near_fp32_at_every_level(ranks, world, sequence):
 
 def delayed(rank, world, group, reduces):
     """Column and row under scales of the step before, in integers, whose sums have no order."""
-    policy = O2.with_rule(Role.INPUT, Rule(format=E4M3, history=1))
+    policy = O2.with_rule(Role.INPUT, Rule(format=E4M3, history=1)).with_rule(Role.PARTIAL_OUTPUT, Rule(format=FP32))
     draw = torch.Generator().manual_seed(0)
 
     def model():
@@ -239,12 +239,13 @@ def test_without_the_maximum_over_ranks_the_scales_differ(ranks):
 def counted(rank, world, group, level, sequence):
     model = parallelize(made(), group, plan_gpt(SMALL), sequence=sequence)
     amp.initialize(model, level=level, data_parallel=False)
-    adopt(model, LEVELS[level])
     with Spy(world, rank) as spy:
         train_step(model, autocast=True)
     entries = context(model).ledger
     loss = sum(e.sent for e in entries if e.label.startswith("loss"))
-    return context(model).sent - loss, loss, spy.sent, set(spy.names), {e.axis for e in entries}
+    summed = sum(e.sent for e in entries if e.label.endswith("/partial"))
+    activations = context(model).sent - loss - summed
+    return activations, loss, summed, spy.sent, set(spy.names), {e.axis for e in entries}
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -253,11 +254,13 @@ def test_bytes_of_a_step_are_those_of_the_plan(ranks, level, sequence):
     """A layer exchanges four times each way, the embedding and the head once; an all-reduce is two of those halves."""
     world, rows = 2, 32
     part = message_bytes(rows // world, SMALL.dim, LEVELS[level][Role.PARTIAL_OUTPUT], torch.bfloat16)
-    for activations, loss, seen, names, axes in ranks(world, counted, level, sequence):
+    for activations, loss, summed, seen, names, axes in ranks(world, counted, level, sequence):
         assert activations == (4 + 8 * SMALL.num_layers) * (world - 1) * part
         assert loss == (world - 1) * 3 * 4 * rows
-        assert seen == activations + loss
-        assert names == {"alltoall_base", "allgather_base"}  # no sum or maximum ever sees a code
+        assert seen == activations + loss + summed
+        assert (summed > 0) == sequence  # the norms' gradients, plain FP32
+        # no sum or maximum ever sees a code
+        assert names == {"alltoall_base", "allgather_base", *(["allreduce"] if sequence else [])}
         assert axes == {"tp"}
 
 
@@ -271,7 +274,6 @@ def ways(rank, world, group, level):
         found = parallelize(made(), group, plan_gpt(SMALL), sequence=True)
         if level:
             amp.initialize(found, level=level, data_parallel=False)
-            adopt(found, LEVELS[level])
         return found
 
     answer = {}
@@ -292,7 +294,11 @@ def ways(rank, world, group, level):
     copied = copy.deepcopy(model())
     train_step(copied, bool(level))
     answer["copied"] = grads(copied)
-    context(plain).reset()
+    for name, parameter in partial_gradients(copied):  # a copy stands outside of what reduces gradients
+        if level:
+            dist.all_reduce(parameter.grad, group=group)
+            answer["copied"][name] = parameter.grad
+    context(plain).end_step()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bool(level)):
         logits, answer["evaluated"] = plain(*batch())
     answer["forward only"] = all(e.label.endswith("/forward") for e in context(plain).ledger)
