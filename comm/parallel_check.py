@@ -8,7 +8,7 @@ from torch import nn
 
 from msamp_like.comm.group import CountedGroup
 from msamp_like.comm.parallel_layers import Parallel
-from msamp_like.comm.parallel_plan import Column, Plan, Row, Vocab, VocabLoss
+from msamp_like.comm.parallel_plan import Column, Enter, Plan, Row, Split, Vocab, VocabLoss
 from msamp_like.nn.conversion import check_swappable
 from msamp_like.policy import matches
 from msamp_like.tensor import ScalingTensor
@@ -160,7 +160,7 @@ def _check_ties(found: list[Found], model: nn.Module) -> None:
 
 
 def _check_covered(model: nn.Module, found: list[Found]) -> None:
-    planned = {one.name for one in found}
+    planned = {one.name for one in found if not isinstance(one.entry, Enter | Split)}  # these say nothing of gradients
     missing = [
         name
         for name, module in model.named_modules()

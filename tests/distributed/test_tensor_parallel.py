@@ -23,9 +23,13 @@ from msamp_like.comm.group import CountedGroup
 from msamp_like.comm.parallel_layers import Context, Shard
 from msamp_like.comm.tensor_parallel import (
     Column,
+    Enter,
+    Join,
     Row,
+    Split,
     Vocab,
     VocabLoss,
+    Whole,
     adopt,
     context,
     forget,
@@ -40,7 +44,7 @@ from msamp_like.comm.tensor_parallel import (
 )
 from msamp_like.formats import E4M3, FP32
 from msamp_like.models.gpt import GPT, GPTConfig
-from msamp_like.policy import LEVELS, O2, Role, Rule
+from msamp_like.policy import LEVELS, O2, O3, Role, Rule
 from msamp_like.scaling import roll
 from msamp_like.tensor import real
 from tests.closeness import sqnr
@@ -352,6 +356,27 @@ def test_gradients_accumulate_and_logits_can_be_whole(ranks):
         assert logits > 110
 
 
+def ends(rank, world, group):
+    """Split sequences between a replicated embedding and a replicated head that is tied to it."""
+    plan = {
+        **{name: entry for name, entry in plan_gpt(SMALL).items() if name.startswith("blocks")},
+        "embed": Whole(),
+        "blocks.0": Split(),
+        "norm": Join(),
+        "lm_head": Whole(),
+    }
+    whole_model, model = made(), parallelize(made(), group, plan, sequence=True)
+    losses = [train_step(one, autocast=False).item() for one in (whole_model, model)]
+    summed = whole_grads(model)
+    return losses, min(sqnr(p.grad, summed[n]) for n, p in whole_model.named_parameters())
+
+
+def test_sequences_are_split_and_joined_where_the_plan_says(ranks):
+    for (expected, found), worst in ranks(2, ends):
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert worst > 110
+
+
 # --- a decoder in Llama's names -------------------------------------------------------------------------------------
 
 
@@ -424,16 +449,22 @@ def decoder(rank, world, group, sequence):
     whole_model = Decoder()
     torch.manual_seed(0)
     model = parallelize(Decoder(), group, plan_decoder(head_dim=8, qk_norm=True), sequence=sequence)
+    copied = copy.deepcopy(model)  # whose hooks lead to a context of its own
+    adopt(copied, O3)
+    rounded = train_step(copied, autocast=False)
+    context(model).reset()
     expected, found = (train_step(one, autocast=False) for one in (whole_model, model))
     summed = whole_grads(model)
     worst = min(sqnr(p.grad, summed[n]) for n, p in whole_model.named_parameters())
     calls = {e.label: e.calls for e in context(model).ledger if "layers.0" in e.label and e.collective == "all_gather"}
-    return abs(expected - found).item(), worst, calls, [n for n, _ in partial_gradients(model)]
+    separate = found != rounded and context(copied) is context(model) and sharded_parameters(copied) != {}
+    return abs(expected - found).item(), worst, calls, [n for n, _ in partial_gradients(copied)], separate
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_a_decoder_gathers_once_for_all_projections_of_one_input(ranks, sequence):
-    for error, worst, calls, partial_names in ranks(4, decoder, sequence):
+    for error, worst, calls, partial_names, separate in ranks(4, decoder, sequence):
+        assert separate
         assert error < 1e-5
         assert worst > 110
         assert not any(f".{name}_proj" in label for name in ("q", "k", "v", "gate", "up") for label in calls)
@@ -563,6 +594,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict, str]] = [
     (with_gradient, PLAN, r"call model.zero_grad\(set_to_none=True\) first"),
     (on_meta, PLAN, "on the meta device"),
     (made, {name: entry for name, entry in PLAN.items() if name != "norm"}, "none for 'norm', the first of 1"),
+    (made, {**PLAN, "norm": Enter()}, "none for 'norm', the first of 1"),
 ]  # fmt: skip
 
 
