@@ -22,6 +22,7 @@ from msamp_like.comm.group import CountedGroup
 from msamp_like.nn import conversion
 from msamp_like.nn.clip_grad import clip_grad_norm_
 from msamp_like.nn.conversion import Plan
+from msamp_like.nn.linear import rearm_hooks
 from msamp_like.optim import LowPrecisionOptimizer, check, from_torch
 from msamp_like.policy import Policy, Role, Rule
 from msamp_like.scaling import Scaler, quantize, roll
@@ -82,7 +83,7 @@ class Converted:
         """What ``to``, ``cuda`` and ``half`` call. torch exchanges the contents of our weights there, and their hooks,
         which round gradients and reduce them, would be left behind."""
         made = super()._apply(fn, recurse)  # type: ignore[misc]
-        conversion.rearm_hooks(self.parameters())  # type: ignore[attr-defined]
+        rearm_hooks(self.parameters())  # type: ignore[attr-defined]
         return made
 
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msamp_like import amp
 from msamp_like.formats import BF16, E4M3
+from msamp_like.nn import ReadsAsBase
 from msamp_like.policy import O0, O2, Policy, Role, Rule
 from msamp_like.tensor import ScalingTensor, real, unscaled
 from tests.closeness import same_bits, sqnr
@@ -381,6 +382,24 @@ def test_hooks_survive_a_move():
     assert calls == ["after"]
     optimizer.step()
     amp.restore(model)
+
+
+class Reads(ReadsAsBase, nn.Linear):
+    """A Linear of the user's own."""
+
+
+@pytest.mark.parametrize("moved", ["0", "1", "1.0", "2"])
+def test_hooks_survive_a_move_of_a_part(moved):
+    """A part that is moved by itself is not the model that amp.initialize knows."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)), Reads(16, 16))
+    model, _ = amp.initialize(model, level="O2")
+    calls: list[str] = []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: calls.append(name))
+    model.get_submodule(moved).to("cpu")
+    model(batch(0)).sum().backward()
+    assert sorted(calls) == sorted(name for name, _ in model.named_parameters())
+    assert all(model.get_parameter(f"{name}.weight").grad.format is E4M3 for name in ("0", "1.0", "2"))
 
 
 def test_autocast_trains_as_in_plain_torch():
