@@ -69,6 +69,22 @@ class _Wiring:
         return made
 
 
+class _Copied:
+    """Rebuilds a converted model for ``copy.deepcopy``, and says why there is nothing to pickle."""
+
+    def __init__(self, rebuild: Callable[..., Any]) -> None:
+        self.rebuild = rebuild
+
+    def __call__(self, *args: Any) -> Any:
+        return self.rebuild(*args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a converted model is saved by its state, got the model itself, whose class and hooks live in this process "
+            "alone; save amp.state_dict(model, optimizer) or model.state_dict(), or amp.restore(model) first"
+        )
+
+
 class Converted:
     """Mixed into the class of a model by :func:`initialize`; the model object stays the one the user built."""
 
@@ -85,6 +101,10 @@ class Converted:
         made = super()._apply(fn, recurse)  # type: ignore[misc]
         rearm_hooks(self.parameters())  # type: ignore[attr-defined]
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts: Any = super().__reduce_ex__(protocol)
+        return (_Copied(parts[0]), *parts[1:])
 
 
 def initialize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import re
 import shutil
 import subprocess
@@ -400,6 +401,24 @@ def test_hooks_survive_a_move_of_a_part(moved):
     model(batch(0)).sum().backward()
     assert sorted(calls) == sorted(name for name, _ in model.named_parameters())
     assert all(model.get_parameter(f"{name}.weight").grad.format is E4M3 for name in ("0", "1.0", "2"))
+
+
+@pytest.mark.parametrize("save", [torch.save, pickle.dump, lambda model, file: torch.save({"model": model}, file)])
+def test_a_whole_model_is_not_pickled_and_the_remedy_is_named(save):
+    model, optimizer = initialized()
+    with pytest.raises(TypeError, match=r"saved by its state.*amp\.state_dict\(model, optimizer\)"):
+        save(model, io.BytesIO())
+    model(batch(0)).sum().backward()  # and it is as it was
+    optimizer.step()
+    save(amp.restore(model), io.BytesIO())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_model_is_still_copied(copied):
+    model, _ = initialized()
+    twin = copied(model)
+    assert type(twin) is type(model)
+    assert torch.equal(twin(batch(0)), model(batch(0)))
 
 
 def test_autocast_trains_as_in_plain_torch():
