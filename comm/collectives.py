@@ -17,7 +17,6 @@ to its end. Collectives are then issued in the order of the caller's steps, whic
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from msamp_like import kernels
+from msamp_like.comm.agreement import agree, described
 from msamp_like.comm.buckets import Layout
 from msamp_like.comm.group import CountedGroup
 from msamp_like.formats import ROW
@@ -164,38 +164,9 @@ def all_reduce_fp8(tensors: Sequence[Tensor], rule: Rule, group: CountedGroup | 
 
 def replicate(named: Sequence[tuple[str, Tensor]], group: CountedGroup) -> None:
     """Every rank's tensors become the first rank's; raises ValueError on every rank if they are not the same kinds."""
-    if group.world > 1 and named:
-        check_same([_described(name, tensor) for name, tensor in named], group, named[0][1].device)
+    if group.world > 1:
+        agree({"tensor": described(named)}, group, named[0][1].device if named else torch.device("cpu"))
         broadcast_from_first([tensor for _, tensor in named], group)
-
-
-def _described(name: str, tensor: Tensor) -> str:
-    stored = f" as {tensor.format} in blocks {tensor.block}" if isinstance(tensor, ScalingTensor) else ""
-    frozen = " frozen" if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad else ""
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype}{stored}{frozen}"
-
-
-def check_same(lines: Sequence[str], group: CountedGroup, device: torch.device) -> None:
-    """Raises ValueError on every rank unless all have the same ``lines``; names the first that differs."""
-    digest = hashlib.sha256("\n".join(lines).encode()).digest()
-    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
-    gathered, work = group.all_gather(own, label="check")
-    work.wait()
-    if bool((gathered.view(group.world, -1) == own).all()):
-        return
-    everyone: list[Sequence[str]] = [()] * group.world
-    dist.all_gather_object(everyone, list(lines), group=group.group)
-    longest = max(len(theirs) for theirs in everyone)
-    for position in range(longest):
-        found: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(everyone):
-            found.setdefault(theirs[position] if position < len(theirs) else "nothing", []).append(rank)
-        if len(found) > 1:
-            who = "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in found.items())
-            raise ValueError(
-                f"all ranks must hold the same model, got at position {position} of its tensors {who}; "
-                "build it from the same configuration on every rank"
-            )
 
 
 def broadcast_from_first(tensors: Iterable[Tensor], group: CountedGroup, chunk_bytes: int = 64 << 20) -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from msamp_like.comm.roll_call import abandon, roll_call
+
 # PyTorch 2.13 renamed the function and warns at the old name; 2.11 has only the old one.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
@@ -33,21 +35,28 @@ class Entry:
 
 
 class Pending:
-    """A collective under way; :meth:`wait` raises RuntimeError naming the collective, its label and the rank."""
+    """A collective under way; :meth:`wait` raises RuntimeError naming it, this rank and the ranks that are missing."""
 
-    def __init__(self, work: dist.Work | None, what: str) -> None:
+    def __init__(self, work: dist.Work | None, what: str, group: dist.ProcessGroup | None = None) -> None:
         self.work = work
         self.what = what
+        self.group = group
 
     def wait(self) -> None:
-        """Returns when the result is there (on CUDA: when the current stream will see it)."""
+        """Returns when the result is there (on CUDA: when the current stream will see it).
+
+        Raises when a rank is gone, at the latest after the process group's timeout and a few seconds more.
+        """
         if self.work is None:
             return
         try:
             self.work.wait()
         except RuntimeError as error:
+            abandon(self.group)
             raise RuntimeError(
-                f"{self.what} did not complete: {error}; a rank has stopped, restart all of them"
+                f"a collective needs every rank of its group, got no end of {self.what} on rank "
+                f"{dist.get_rank(self.group)} of {dist.get_world_size(self.group)}: {roll_call(self.what, self.group)} "
+                f"({str(error).splitlines()[0]}); read the logs of the ranks named, then restart all of them"
             ) from error
 
 
@@ -92,7 +101,7 @@ class CountedGroup:
         entry = self._entries.setdefault((collective, label), Entry(axis=self.axis, collective=collective, label=label))
         entry.calls += 1
         entry.sent += sent
-        return f"{collective} {label!r} of rank {self.rank} of {self.world} on axis {self.axis!r}"
+        return f"{collective} {label!r} on axis {self.axis!r}"
 
     def all_to_all(
         self,
@@ -116,7 +125,7 @@ class CountedGroup:
             received = x.new_empty(sum(arriving), *x.shape[1:])
             work = dist.all_to_all_single(received, x, arriving, list(splits), group=self.group, async_op=True)
         what = self._count("all_to_all", label, x.nbytes - x[:own].nbytes)
-        return received, Pending(work, what)
+        return received, Pending(work, what, self.group)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None, label: str = "") -> tuple[Tensor, Pending]:
         """(every rank's ``x`` along dim 0, the work to wait for); ``sizes[r]`` is rank r's dim 0 where they differ."""
@@ -131,18 +140,18 @@ class CountedGroup:
                 gathered, copies, list(sizes), [x.shape[0]] * self.world, group=self.group, async_op=True
             )
         what = self._count("all_gather", label, x.nbytes * (self.world - 1))
-        return gathered, Pending(work, what)
+        return gathered, Pending(work, what, self.group)
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType, label: str = "") -> Pending:
         """``x`` becomes the sum or maximum over all ranks, in place, once the work is waited for."""
         work = dist.all_reduce(x, op=op, group=self.group, async_op=True)
-        return Pending(work, self._count("all_reduce", label, ring_bytes(x.nbytes, self.world)))
+        return Pending(work, self._count("all_reduce", label, ring_bytes(x.nbytes, self.world)), self.group)
 
     def broadcast(self, x: Tensor, source: int = 0, label: str = "") -> None:
         """``x`` becomes that of rank ``source``, in place."""
         work = dist.broadcast(x, group=self.group, group_src=source, async_op=True)
         sent = x.nbytes * (self.world - 1) if self.rank == source else 0
-        Pending(work, self._count("broadcast", label, sent)).wait()
+        Pending(work, self._count("broadcast", label, sent), self.group).wait()
 
 
 def ring_bytes(buffer_bytes: int, world: int) -> int:

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msamp_like.comm.activations import check_rule
-from msamp_like.comm.collectives import check_same, replicate
+from msamp_like.comm.agreement import agree
+from msamp_like.comm.collectives import replicate
 from msamp_like.comm.group import CountedGroup
 from msamp_like.comm.parallel_check import Found, checked
 from msamp_like.comm.parallel_layers import (
@@ -50,7 +51,7 @@ from msamp_like.comm.parallel_plan import (
     plan_gpt,
 )
 from msamp_like.comm.vocab_parallel import VocabCrossEntropy, VocabEmbedding, uncompiled_losses
-from msamp_like.nn.conversion import rearm_hooks
+from msamp_like.nn.linear import rearm_hooks
 from msamp_like.policy import Policy, Role
 from msamp_like.tensor import real
 
@@ -99,8 +100,8 @@ def parallelize(
     found = checked(model, group, plan, sequence=sequence)
     if group.world == 1:
         return model
-    lines = [f"plan: {name} is {entry}" for name, _, entry in found]
-    check_same([*lines, f"sequence={sequence}"], group, next(model.parameters()).device)
+    plan_lines = {name: str(entry) for name, _, entry in found}
+    agree({"plan": plan_lines, "sequence": sequence}, group, next(model.parameters()).device)
     replicate([*model.named_parameters(), *model.named_buffers()], group)
     shared = Context(group, sequence=sequence)
     entered = [f"{name}." for name, _, entry in found if isinstance(entry, Enter)]

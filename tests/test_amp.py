@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msamp_like import amp
 from msamp_like.formats import BF16, E4M3
+from msamp_like.nn import ReadsAsBase
 from msamp_like.policy import O0, O2, Policy, Role, Rule
 from msamp_like.tensor import ScalingTensor, real, unscaled
 from tests.closeness import same_bits, sqnr
@@ -381,6 +383,42 @@ def test_hooks_survive_a_move():
     assert calls == ["after"]
     optimizer.step()
     amp.restore(model)
+
+
+class Reads(ReadsAsBase, nn.Linear):
+    """A Linear of the user's own."""
+
+
+@pytest.mark.parametrize("moved", ["0", "1", "1.0", "2"])
+def test_hooks_survive_a_move_of_a_part(moved):
+    """A part that is moved by itself is not the model that amp.initialize knows."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)), Reads(16, 16))
+    model, _ = amp.initialize(model, level="O2")
+    calls: list[str] = []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: calls.append(name))
+    model.get_submodule(moved).to("cpu")
+    model(batch(0)).sum().backward()
+    assert sorted(calls) == sorted(name for name, _ in model.named_parameters())
+    assert all(model.get_parameter(f"{name}.weight").grad.format is E4M3 for name in ("0", "1.0", "2"))
+
+
+@pytest.mark.parametrize("save", [torch.save, pickle.dump, lambda model, file: torch.save({"model": model}, file)])
+def test_a_whole_model_is_not_pickled_and_the_remedy_is_named(save):
+    model, optimizer = initialized()
+    with pytest.raises(TypeError, match=r"saved by its state.*amp\.state_dict\(model, optimizer\)"):
+        save(model, io.BytesIO())
+    model(batch(0)).sum().backward()  # and it is as it was
+    optimizer.step()
+    save(amp.restore(model), io.BytesIO())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_model_is_still_copied(copied):
+    model, _ = initialized()
+    twin = copied(model)
+    assert type(twin) is type(model)
+    assert torch.equal(twin(batch(0)), model(batch(0)))
 
 
 def test_autocast_trains_as_in_plain_torch():

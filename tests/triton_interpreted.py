@@ -12,34 +12,22 @@ import itertools
 import pytest
 import torch
 
-from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP8_FORMATS, FP16, FP32, ROW, WHOLE
+from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP8_FORMATS, FP16, ROW, WHOLE
 from msamp_like.kernels import cuda, reference, triton_adam, triton_casts
-from msamp_like.kernels.reference import AdamScalars, Noise, Operand
-
-_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_NOISE = Noise(seed=2**40 + 3, tensor=5, step=2**31 + 7, role=1)
-_BLOCKS = [WHOLE, ROW, (1, 128), (128, 128), (1, 32), (-1, 128), (2, 3)]
-_REAL = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def bits(tensor):
-    return tensor.contiguous().view(_RAW[tensor.element_size()])
-
-
-def same(got, expected):
-    """Equal bits; NaN of two or four bytes may differ in its payload, which nothing reads."""
-    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
-    nan = torch.zeros_like(expected, dtype=torch.bool) if expected.element_size() == 1 else expected.isnan()
-    return torch.equal(bits(got)[~nan], bits(expected)[~nan]) and bool(got[nan].isnan().all() if nan.any() else True)
-
-
-def spread(shape, dtype=torch.float32):
-    """Numbers over some twenty binades, so that every format meets its subnormal numbers and its largest."""
-    return (torch.randn(shape) * torch.exp2(3 * torch.randn(shape))).to(dtype)
-
-
-def every_number(dtype):
-    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+from msamp_like.kernels.reference import AdamScalars, Operand
+from tests.operands import (
+    BLOCKS,
+    NOISE,
+    REAL,
+    STORED,
+    adam_operands,
+    around_binades,
+    around_ties,
+    every_code,
+    every_number,
+    same,
+    spread,
+)
 
 
 def agree(x, format, block, noise=None):
@@ -61,28 +49,28 @@ def agree(x, format, block, noise=None):
         ),
         *(
             (triton_casts.dequantize(*expected[:2], block, d), reference.dequantize(*expected[:2], block, d))
-            for d in _REAL
+            for d in REAL
         ),
     ]
     assert all(same(*pair) for pair in pairs)
 
 
-@pytest.mark.parametrize("block", _BLOCKS, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_casts_equal_the_reference(block):
-    for format, dtype in zip(FORMATS.values(), itertools.cycle(_REAL), strict=False):
-        agree(spread((5, 256), dtype), format, block, _NOISE)
+    for format, dtype in zip(FORMATS.values(), itertools.cycle(REAL), strict=False):
+        agree(spread((5, 256), dtype), format, block, NOISE)
 
 
-@pytest.mark.parametrize("block", _BLOCKS, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", [(3, 4, 33), ()], ids=str)
 def test_ragged_shapes(shape, block):
     for format, dtype in ((E4M3, torch.bfloat16), (FP16, torch.float32)):
-        agree(spread(shape, dtype), format, block, _NOISE)
+        agree(spread(shape, dtype), format, block, NOISE)
 
 
 @pytest.mark.parametrize("shape,block", [((2, 20_000), ROW), ((200, 130), (-1, 128))], ids=str)
 def test_blocks_larger_than_a_tile(shape, block):
-    agree(spread(shape, torch.bfloat16), E4M3, block, _NOISE)
+    agree(spread(shape, torch.bfloat16), E4M3, block, NOISE)
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=str)
@@ -95,20 +83,16 @@ def test_every_number_of_16_bits(format):
 
 @pytest.mark.parametrize("format", FP8_FORMATS, ids=str)
 def test_rounding_on_both_sides_of_every_tie(format):
-    codes = torch.arange(127, dtype=torch.uint8).view(format.dtype).float()
-    codes = codes[codes.isfinite()]
-    ties = (codes[1:] + codes[:-1]) / 2
-    x = torch.cat([torch.nextafter(ties, ties * 0), ties, torch.nextafter(ties, ties * 2), codes])
-    x = torch.cat([x, -x])
+    x = around_ties(format)
     one = torch.ones(1, 1)
     assert same(triton_casts.quantize(x, one, format, WHOLE), reference.quantize(x, one, format, WHOLE))
 
 
 @pytest.mark.parametrize("format", [E4M3, E5M2, FP16, BF16], ids=str)
 def test_every_code_decodes(format):
-    payload = every_number(format.dtype) if format.bytes == 2 else torch.arange(256).to(torch.uint8).view(format.dtype)
+    payload = every_code(format)
     scale_inv = torch.full((1, 1), 0.75)
-    for dtype in _REAL:
+    for dtype in REAL:
         expected = reference.dequantize(payload, scale_inv, WHOLE, dtype)
         assert same(triton_casts.dequantize(payload, scale_inv, WHOLE, dtype), expected)
 
@@ -116,10 +100,7 @@ def test_every_code_decodes(format):
 @pytest.mark.parametrize("format", FORMATS.values(), ids=str)
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_scale_on_both_sides_of_every_binade(format, power_of_two):
-    binades = torch.tensor(format.largest).frexp().mantissa * torch.exp2(torch.arange(-148, 129).double()).float()
-    edges = torch.tensor([0.0, 1e-45, 1e-38, torch.finfo(torch.float32).max, torch.inf, torch.nan])
-    inf = torch.tensor(torch.inf)
-    amax = torch.cat([binades.nextafter(-inf).clamp(min=0), binades, binades.nextafter(inf), edges]).view(1, -1)
+    amax = around_binades(format)
     expected = reference.scale_inv_from_amax(amax, format, 1, power_of_two)
     assert same(triton_casts.scale_inv_from_amax(amax, format, 1, power_of_two), expected)
 
@@ -137,15 +118,15 @@ def test_flags_reach_the_scale_and_no_neighbour(block, poison):
 
 def test_inputs_without_a_fast_path():
     strided = spread((64, 48), torch.bfloat16).t()
-    agree(strided, E4M3, (1, 32), _NOISE)
+    agree(strided, E4M3, (1, 32), NOISE)
     agree(spread((6, 64)).double(), E4M3, WHOLE)
-    agree(torch.empty(0, 8), E4M3, (1, 128), _NOISE)
+    agree(torch.empty(0, 8), E4M3, (1, 128), NOISE)
     payload, scale_inv, _ = triton_casts.quantize_current(torch.ones(4), E4M3, WHOLE)
     assert triton_casts.dequantize(payload, scale_inv, WHOLE, torch.float64).dtype == torch.float64
 
 
 @pytest.mark.parametrize("block", [WHOLE, (1, 128), (2, 3)], ids=str)
-@pytest.mark.parametrize("noise", [None, _NOISE], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("noise", [None, NOISE], ids=["nearest", "stochastic"])
 def test_store(block, noise):
     value = spread((3, 200))
     targets = []
@@ -159,35 +140,14 @@ def test_store(block, noise):
 
 # --- Adam -------------------------------------------------------------------------------------------------------------
 
-_STATE = (1, 128)
-_STORED = {  # parameter, gradient, first moment, second moment
-    "O0": ((FP32, WHOLE), (BF16, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
-    "O1": ((FP16, _STATE), (E4M3, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
-    "O2": ((FP16, _STATE), (E4M3, WHOLE), (E4M3, _STATE), (FP16, _STATE)),
-    "all in blocks": ((FP16, _STATE), (E5M2, _STATE), (BF16, _STATE), (FP16, _STATE)),
-    "rows": ((FP16, ROW), (E4M3, ROW), (E4M3, ROW), (FP16, ROW)),
-    "one scale a tensor": ((FP16, WHOLE), (E4M3, WHOLE), (E4M3, WHOLE), (FP16, WHOLE)),
-}
 
-
-def operands(shape, stored, noise, poison):
-    values = [torch.randn(shape), *(torch.randn(shape) * 1e-3 for _ in range(2)), torch.rand(shape) * 1e-5]
-    for index, number in poison.items():
-        values[index].view(-1)[17] = number
-    made = []
-    for role, (value, (format, block)) in enumerate(zip(values, stored, strict=True)):
-        payload, scale_inv, _ = reference.quantize_current(value, format, block)
-        made.append(Operand(payload, scale_inv, block, noise and noise._replace(role=role)))
-    return made
-
-
-@pytest.mark.parametrize("stored", _STORED)
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("shape", [(3, 256), (5, 200)], ids=str)
-@pytest.mark.parametrize("noise", [None, _NOISE], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("noise", [None, NOISE], ids=["nearest", "stochastic"])
 def test_adam_equals_the_reference(stored, shape, noise):
     kinds = [(0.1, True, {}), (0.1, False, {1: torch.nan}), (0.0, True, {0: torch.inf}), (0.1, True, {3: torch.inf})]
     for weight_decay, decoupled, poison in kinds:
-        expected = operands(shape, _STORED[stored], noise, poison)
+        expected = adam_operands(shape, STORED[stored], noise, poison)
         got = [t._replace(payload=t.payload.clone(), scale_inv=t.scale_inv.clone()) for t in expected]
         scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, weight_decay, decoupled, step=4)
         reference.adam_step_(*expected, scalars)
@@ -201,9 +161,9 @@ def test_adam_says_when_it_is_not_fused(caplog):
     triton_adam._name_fallback.cache_clear()
     scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.1, True, step=1)
     for _ in range(2):
-        triton_adam.adam_step_(*operands((3, 256), _STORED["one scale a tensor"], None, {}), scalars)
+        triton_adam.adam_step_(*adam_operands((3, 256), STORED["one scale a tensor"], None, {}), scalars)
     assert len(caplog.records) == 1
-    triton_adam.adam_step_(*operands((3, 256), _STORED["O2"], None, {}), scalars)
+    triton_adam.adam_step_(*adam_operands((3, 256), STORED["O2"], None, {}), scalars)
     assert len(caplog.records) == 1
 
 

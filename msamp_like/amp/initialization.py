@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from msamp_like import policy as policies
 from msamp_like.amp.wiring import Converted, Wiring, adopt_class, wiring_of
 from msamp_like.comm import tensor_parallel
+from msamp_like.comm.agreement import agree, versions
 from msamp_like.comm.axes import Axes, Norms
 from msamp_like.comm.collectives import replicate
 from msamp_like.comm.data_parallel import DataParallel
@@ -69,6 +70,7 @@ def initialize(
     _check(model, sources, overrides or {})
     axes = _axes(model, mesh, process_group, data_parallel)
 
+    _agree(axes, policy, seed, next((p.device for p in model.parameters()), torch.device("cpu")))
     if axes.data is not None:  # before conversion: masters are made from the values that every rank starts with
         replicate([*model.named_parameters(), *model.named_buffers()], axes.data)
     plans = conversion.plan(model, policy)
@@ -82,6 +84,20 @@ def initialize(
     _roll_with(model, optimizers, axes)
     axes.end_step()  # what made the ranks alike is no part of the first step
     return model, optimizers if several else optimizers[0] if optimizers else None
+
+
+def _agree(axes: Axes, policy: Policy, seed: int, device: torch.device) -> None:
+    """Raise ValueError on every rank unless all were started alike; their models are compared where they are copied."""
+    fields: dict[str, Any] = {
+        "level": policy.name,
+        "policy": {line.split()[0]: line for line in str(policy).splitlines()[1:]},
+        "zero_stage": policy.zero_stage,
+        "seed": seed,
+        "axes": str(axes),
+        **versions(),
+    }
+    for group in axes.groups:
+        agree(fields, group, device)
 
 
 def _axes(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from msamp_like.comm.axes import Axes, Norms
 from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.zero import OwnedWeights
-from msamp_like.nn import conversion
 from msamp_like.nn.conversion import Plan
+from msamp_like.nn.linear import rearm_hooks
 from msamp_like.policy import Policy, Role, Rule
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, real, unscaled
@@ -50,6 +50,22 @@ class Wiring:
         return made
 
 
+class _Copied:
+    """Rebuilds a converted model for ``copy.deepcopy``, and says why there is nothing to pickle."""
+
+    def __init__(self, rebuild: Callable[..., Any]) -> None:
+        self.rebuild = rebuild
+
+    def __call__(self, *args: Any) -> Any:
+        return self.rebuild(*args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a converted model is saved by its state, got the model itself, whose class and hooks live in this process "
+            "alone; save amp.state_dict(model, optimizer) or model.state_dict(), or amp.restore(model) first"
+        )
+
+
 class Converted:
     """Mixed into the class of a model by :func:`initialize`; the model object stays the one the user built."""
 
@@ -64,8 +80,12 @@ class Converted:
         """What ``to``, ``cuda`` and ``half`` call. torch exchanges the contents of our weights there, and their hooks,
         which round gradients and reduce them, would be left behind."""
         made = super()._apply(fn, recurse)  # type: ignore[misc]
-        conversion.rearm_hooks(self.parameters())  # type: ignore[attr-defined]
+        rearm_hooks(self.parameters())  # type: ignore[attr-defined]
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts: Any = super().__reduce_ex__(protocol)
+        return (_Copied(parts[0]), *parts[1:])
 
 
 def adopt_class(model: nn.Module, wiring: Wiring) -> None:

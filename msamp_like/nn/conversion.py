@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msamp_like.nn.functional import LinearGemm
-from msamp_like.nn.linear import Fp8Linear, ReadsAsBase
+from msamp_like.nn.linear import Fp8Linear, ReadsAsBase, rearm_hooks
 from msamp_like.policy import Policy
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, unscaled
@@ -165,15 +165,6 @@ def _swap(parameter: nn.Parameter, stored: Tensor) -> None:
         if isinstance(parameter, ScalingTensor) and not isinstance(grad, ScalingTensor):
             grad = unscaled(grad.to(torch.bfloat16), parameter.dtype)
         parameter.grad = grad if isinstance(parameter, ScalingTensor) else grad.dequantize()
-
-
-def rearm_hooks(parameters: Iterable[Tensor]) -> None:
-    """Make the hooks that parameters list fire again after ``swap_tensors``, which leaves the firing half behind."""
-    for parameter in parameters:
-        if parameter._backward_hooks is not None:
-            parameter._backward_hooks = parameter._backward_hooks
-        if parameter._post_accumulate_grad_hooks is not None:
-            parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ from msamp_like.comm.collectives import (
     all_gather_quantized,
     all_reduce_fp8,
     broadcast_from_first,
-    check_same,
     finish,
     reduce_scatter_quantized,
 )
@@ -233,20 +232,3 @@ def test_broadcast_copies_bytes_of_every_kind(ranks):
     assert first[4].stride() == (1, 6)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other))
-
-
-def compare(rank, world, group, lines):
-    try:
-        check_same(lines[rank], CountedGroup(), CPU)
-    except ValueError as error:
-        return str(error)
-    return "same"
-
-
-def test_a_difference_between_ranks_is_named_on_all_of_them(ranks):
-    assert ranks(3, compare, [["a", "b"]] * 3) == ["same"] * 3
-    for text in ranks(3, compare, [["a", "b", "c"], ["a", "b", "c"], ["a", "x", "c"]]):
-        assert "position 1" in text
-        assert "rank 0, 1: b; rank 2: x" in text
-    for text in ranks(3, compare, [["a"], ["a", "b"], ["a"]]):
-        assert "rank 0, 2: nothing; rank 1: b" in text

@@ -351,7 +351,7 @@ def errors(rank, world, group):
 
 def test_errors_say_rule_value_and_remedy(ranks):
     expected = {
-        "shapes": ("ValueError", "same model", "rank 0, 1: weight (4, 4)", "rank 2: weight (5, 4)", "configuration"),
+        "shapes": ("ValueError", "same model", "weight (4, 4)", "ranks 0-1 and (5, 4)", "rank 2", "configuration"),
         "bucket": ("ValueError", "bucket_bytes", "got 0", "default"),
         "rounding": ("ValueError", "nearest", "'stochastic'", "GRAD_WEIGHT"),
         "outside": ("RuntimeError", "outside", "loss.backward()"),

@@ -8,36 +8,21 @@ import pytest
 import torch
 
 from msamp_like import kernels
-from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP8_FORMATS, FP16, ROW, WHOLE
-from msamp_like.kernels import Noise, Operand, reference
+from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP8_FORMATS, FP16, WHOLE
+from msamp_like.kernels import Operand, reference
+from tests import operands
 from tests.gpu import NEEDS_GPU
+from tests.operands import BLOCKS, NOISE, REAL, around_binades, around_ties, every_code, every_number, spread
 
 pytestmark = NEEDS_GPU
 
-_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_NOISE = Noise(seed=2**40 + 3, tensor=5, step=2**31 + 7, role=1)
-_BLOCKS = [WHOLE, ROW, (1, 128), (128, 128), (1, 32), (-1, 128), (2, 3)]
 _SHAPES = [(129, 512), (3, 50_257), (3, 5, 333), (70_003,), (1, 1), ()]
-_REAL = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def same(got, expected):
-    """Equal bits; NaN of two or four bytes may differ in its payload, which nothing reads."""
+    """The kernel ran on the device, and its bits are the reference's."""
     assert got.is_cuda
-    got = got.cpu()
-    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
-    nan = torch.zeros_like(expected, dtype=torch.bool) if expected.element_size() == 1 else expected.isnan()
-    got_bits, expected_bits = (t.contiguous().view(_RAW[t.element_size()])[~nan] for t in (got, expected))
-    return torch.equal(got_bits, expected_bits) and (not nan.any() or bool(got[nan].isnan().all()))
-
-
-def spread(shape, dtype=torch.float32):
-    """Numbers over some twenty binades, so that every format meets its subnormal numbers and its largest."""
-    return (torch.randn(shape) * torch.exp2(3 * torch.randn(shape))).to(dtype)
-
-
-def every_number(dtype):
-    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    return operands.same(got.cpu(), expected)
 
 
 def agree(x, format, block):
@@ -51,18 +36,18 @@ def agree(x, format, block):
     expected_pair = reference.quantize_amax(x, scale_inv, format, block)
     got_pair = kernels.quantize_amax(on_device, scale_inv.cuda(), format, block)
     assert all(same(*pair) for pair in zip(got_pair, expected_pair, strict=True))
-    for noise in (None, _NOISE):
+    for noise in (None, NOISE):
         got = kernels.quantize(on_device, scale_inv.cuda(), format, block, noise)
         assert same(got, reference.quantize(x, scale_inv, format, block, noise))
-    for dtype in _REAL:
+    for dtype in REAL:
         got = kernels.dequantize(expected[0].cuda(), expected[1].cuda(), block, dtype)
         assert same(got, reference.dequantize(*expected[:2], block, dtype))
 
 
-@pytest.mark.parametrize("block", _BLOCKS, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)
 def test_casts_equal_the_reference(shape, block):
-    for format, dtype in zip(FORMATS.values(), itertools.cycle(_REAL), strict=False):
+    for format, dtype in zip(FORMATS.values(), itertools.cycle(REAL), strict=False):
         agree(spread(shape, dtype), format, block)
 
 
@@ -77,19 +62,15 @@ def test_every_number_of_16_bits(format):
 
 @pytest.mark.parametrize("format", FP8_FORMATS, ids=str)
 def test_rounding_on_both_sides_of_every_tie(format):
-    codes = torch.arange(127, dtype=torch.uint8).view(format.dtype).float()
-    codes = codes[codes.isfinite()]
-    ties = (codes[1:] + codes[:-1]) / 2
-    x = torch.cat([torch.nextafter(ties, ties * 0), ties, torch.nextafter(ties, ties * 2), codes])
-    x, one = torch.cat([x, -x]), torch.ones(1, 1)
+    x, one = around_ties(format), torch.ones(1, 1)
     assert same(kernels.quantize(x.cuda(), one.cuda(), format, WHOLE), reference.quantize(x, one, format, WHOLE))
 
 
 @pytest.mark.parametrize("format", [E4M3, E5M2, FP16, BF16], ids=str)
 def test_every_code_decodes(format):
-    payload = every_number(format.dtype) if format.bytes == 2 else torch.arange(256).to(torch.uint8).view(format.dtype)
+    payload = every_code(format)
     scale_inv = torch.full((1, 1), 0.75)
-    for dtype in _REAL:
+    for dtype in REAL:
         got = kernels.dequantize(payload.cuda(), scale_inv.cuda(), WHOLE, dtype)
         assert same(got, reference.dequantize(payload, scale_inv, WHOLE, dtype))
 
@@ -97,10 +78,7 @@ def test_every_code_decodes(format):
 @pytest.mark.parametrize("format", FORMATS.values(), ids=str)
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_scale_on_both_sides_of_every_binade(format, power_of_two):
-    binades = torch.tensor(format.largest).frexp().mantissa * torch.exp2(torch.arange(-148, 129).double()).float()
-    edges = torch.tensor([0.0, 1e-45, 1e-38, torch.finfo(torch.float32).max, torch.inf, torch.nan])
-    inf = torch.tensor(torch.inf)
-    amax = torch.cat([binades.nextafter(-inf).clamp(min=0), binades, binades.nextafter(inf), edges]).view(1, -1)
+    amax = around_binades(format)
     got = kernels.scale_inv_from_amax(amax.cuda(), format, 1, power_of_two)
     assert same(got, reference.scale_inv_from_amax(amax, format, 1, power_of_two))
 
@@ -115,7 +93,7 @@ def test_flags_reach_the_scale_and_no_neighbour(block, poison):
     assert scale_inv.isinf().sum() == 1
 
 
-@pytest.mark.parametrize("noise", [None, _NOISE], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("noise", [None, NOISE], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("block", [WHOLE, (1, 128)], ids=str)
 def test_store(block, noise):
     value = spread((300, 1000))
