@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from msamp_like.launchers.pretrain import Settings, check
+from msamp_like.launchers.pretrain import Settings, check, train
+from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.settings import parse
 
 RECIPES = Path(__file__).resolve().parents[1] / "launchers" / "recipes"
@@ -119,3 +123,51 @@ def test_slurm(started, tmp_path):
     (tmp_path / "run" / "step-000005").mkdir(parents=True)
     (tmp_path / "run" / "step-000005" / "checkpoint.json").touch()
     assert started("bash", str(RECIPES / "slurm.sbatch"), **job)[-2:] == ["--resume", "latest"]
+
+
+DIES_ONCE = """
+if [ -e died ]; then exec "$REAL" "$@"; fi
+touch died
+"$REAL" "$@" &
+while [ ! -e run/step-000005/checkpoint.json ] && kill -0 $!; do sleep 0.01; done
+kill -9 $!
+exit 1
+"""
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_where_a_process_died(tmp_path):
+    """Torchrun itself: the worker is killed behind its first checkpoint, and what it began is finished, bit for bit."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} plus {i + 1} is {2 * i + 1}.\n" for i in range(3000)))
+    model = (
+        "--num-layers 1 --dim 64 --num-heads 2 --context 32 --batch-size 8 --eval-batches 2 --threads 1 --device cpu"
+    )
+    given = [*model.split(), "--steps", "30", "--save-every", "5", "--data", str(text)]
+    for name, body in (("python", DIES_ONCE), ("torchrun", 'exec "$REAL" -m torch.distributed.run "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "REAL": sys.executable}
+    settings = {
+        "FIRST_NODE": "localhost",
+        "PORT": "0",
+        "NODES": "1",
+        "RANKS": "1",
+        "OUT": "run",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [str(RECIPES / "elastic.sh"), *given]
+    subprocess.run(command, env={**environment, **settings}, cwd=tmp_path, check=True, capture_output=True, timeout=180)
+
+    before = torch.get_num_threads()
+    whole = parse(Settings, ["--level", "O3", *given, "--out", str(tmp_path / "whole")], program="pretrain")
+    try:
+        torch.set_num_threads(1)
+        train(whole, Ranks())
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["first_step"] >= 5
+    runs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "whole")]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in runs]
+    assert len(losses[0]) == 30
+    assert losses[0] == losses[1]
