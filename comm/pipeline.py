@@ -17,7 +17,8 @@ schedules send where a stage has no gradient, decodes to zeros. Copies, sends an
 
 Read in the sources and run, for PyTorch 2.11 and 2.13: the schedules 1F1B and interleaved 1F1B detach, send,
 receive and check shape, stride and dtype of what passes between stages, and scale the gradients of parameters alone.
-Left out: a stage that hands over several tensors, and ``detect_anomaly``, which takes a carrier's bits for NaN.
+Left out: a stage that hands over several tensors, zero-bubble schedules, and ``detect_anomaly``, which takes the bits
+of a carrier for NaN.
 """
 
 from __future__ import annotations

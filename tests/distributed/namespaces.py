@@ -1,11 +1,12 @@
 """Two nodes on one machine: network namespaces, each with an address of its own, joined by a pair of virtual devices.
 
     with two_nodes() as nodes:
-        started = [node.start(["torchrun", *torchrun(node, nodes[0]), "train.py"]) for node in nodes]
+        started = [node.start(["python", "train.py", node.address, nodes[0].address]) for node in nodes]
         finish(started, timeout_s=60)
 
 Linux alone, and only where the process may make namespaces; :func:`missing` says what stands in the way. Everything
-that crosses goes over :data:`DEVICE`, so it can be counted and its rate limited.
+that crosses goes over :data:`DEVICE`, so it can be counted and its rate limited. The machine's name leads nowhere
+inside: torchrun has to be told each node's address, and which one holds the rendezvous.
 """
 
 from __future__ import annotations
@@ -88,18 +89,6 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     finally:
         for node in nodes:  # the pair of devices goes with its namespaces
             subprocess.run(["ip", "netns", "del", node.name], capture_output=True, check=False)
-
-
-def torchrun(node: Node, first: Node, *, nodes: str = "2") -> list[str]:
-    """torchrun's options on one node for a rendezvous (c10d) on the first; one process a node.
-
-    The host's name means nothing inside a namespace, so each node is told its address and whether it is the first.
-    """
-    return [
-        *("--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-id", "nodes", "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", f"{first.address}:{PORT}", "--rdzv-conf", f"is_host={int(node is first)}"),
-        *("--local-addr", node.address),
-    ]
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], timeout_s: float) -> None:

@@ -1,9 +1,11 @@
-"""Two nodes train as one node of as many ranks does, to the bit, over a link that both use."""
+"""Two nodes, started by their recipe, train as one node of as many ranks does, to the bit, over a link between them."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +18,13 @@ from msamp_like.launchers import pretrain
 from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.settings import parse
 from tests.distributed import namespaces
+from tests.distributed.namespaces import Node
 
 MISSING = namespaces.missing()
+RECIPE = Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "two_nodes.sh"
 STEPS = 4
 SETTINGS = (
-    f"--preset tiny --level O3 --steps {STEPS} --num-layers 2 --dim 128 --num-heads 2 --context 64 --batch-size 4 "
+    f"--steps {STEPS} --num-layers 2 --dim 128 --num-heads 2 --context 64 --batch-size 4 "
     "--micro-batches 2 --eval-batches 2 --save-every 0 --threads 1 --device cpu"
 ).split()
 
@@ -46,24 +50,33 @@ def results(out: Path) -> list[dict[str, Any]]:
     return [{key: line.get(key) for key in kept} for line in lines]
 
 
+def start(node: Node, first: Node, folder: Path, arguments: list[str], is_host: object) -> subprocess.Popen[str]:
+    """The recipe on one node, its torchrun is that of this interpreter."""
+    torchrun = folder / "torchrun"
+    torchrun.write_text(f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
+    environment = {
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "FIRST_NODE": first.address,
+        "ADDRESS": node.address,
+        "IS_HOST": str(is_host),
+        "INTERFACE": namespaces.DEVICE,
+        "RANKS": "1",
+        "OUT": str(folder / "two"),
+    }
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return node.start([str(RECIPE), *arguments], environment=environment, **silent)
+
+
 @pytest.mark.slow
 def test_two_nodes_train_as_one_node_does(ranks, text, tmp_path):
     given = [*SETTINGS, "--data", str(text)]
-    program = [sys.executable, "-m", "torch.distributed.run"]
-    launcher = ["-m", "msamp_like.launchers.pretrain", *given, "--out", str(tmp_path / "two")]
     with namespaces.two_nodes() as nodes:
         before = [node.sent for node in nodes]
-        started = [
-            node.start(
-                [*program, *namespaces.torchrun(node, nodes[0]), *launcher],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-            for node in nodes
-        ]
+        started = [start(node, nodes[0], tmp_path, given, int(node is nodes[0])) for node in nodes]
         namespaces.finish(started, timeout_s=120)
         sent = [node.sent - old for node, old in zip(nodes, before)]
-    ranks(2, on_one_node, [*given, "--out", str(tmp_path / "one")])
+    ranks(2, on_one_node, ["--level", "O3", *given, "--out", str(tmp_path / "one")])
 
     two, one = results(tmp_path / "two"), results(tmp_path / "one")
     assert [line["step"] for line in two] == list(range(1, STEPS + 1))
@@ -78,15 +91,9 @@ def test_two_nodes_train_as_one_node_does(ranks, text, tmp_path):
 def test_nodes_that_do_not_meet_train_nothing(text, tmp_path):
     """The negative control: a node whose peer stays away gives up, and leaves no run behind."""
     with namespaces.two_nodes() as nodes:
-        options = namespaces.torchrun(nodes[0], nodes[0])
-        options[options.index("is_host=1")] += ",join_timeout=3"
-        program = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "msamp_like.launchers.pretrain"]
-        alone = nodes[0].start(
-            [*program, *SETTINGS, "--data", str(text), "--out", str(tmp_path / "run")],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        conf = "1,join_timeout=3"  # seconds; the recipe passes on what follows is_host=
+        alone = start(nodes[0], nodes[0], tmp_path, [*SETTINGS, "--data", str(text)], conf)
         with pytest.raises(RuntimeError, match="Timeout"):
             namespaces.finish([alone], timeout_s=60)
         assert nodes[1].sent < 2000  # the kernel's own neighbour discovery
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "two").exists()
