@@ -26,15 +26,17 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 class Variant:
     """One model and optimizer, stepped in turn with the others."""
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, preset: str = "tiny", *, data_parallel: bool = False) -> None:
         torch.manual_seed(0)
-        self.model: Any = gpt.GPT(gpt.PRESETS["tiny"])
+        self.model: Any = gpt.GPT(gpt.PRESETS[preset])
         self.optimizer: Any = torch.optim.AdamW(
             self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
         self.clip: Any = torch.nn.utils.clip_grad_norm_
         if level != "torch":
-            self.model, self.optimizer = amp.initialize(self.model, self.optimizer, level=level, data_parallel=False)
+            self.model, self.optimizer = amp.initialize(
+                self.model, self.optimizer, level=level, data_parallel=data_parallel
+            )
             self.clip = amp.clip_grad_norm_
         self.times: list[dict[str, float]] = []
 
