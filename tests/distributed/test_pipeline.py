@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import pipelining
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -232,10 +233,6 @@ class Halved(nn.Module):
         return self.module(carrier * 0.5)
 
 
-def over_stages(total: Tensor) -> None:
-    dist.all_reduce(total)
-
-
 class Sent(TorchDispatchMode):
     """What this rank hands to point-to-point sends, as dtype and bytes."""
 
@@ -266,20 +263,20 @@ def pipelined(
     micro = BATCH // MICRO_BATCHES
     tokens = torch.empty(micro, CONFIG.context, dtype=torch.int64, device="meta")
     logits = torch.empty(micro, CONFIG.context, CONFIG.vocab_size, device="meta")
-    own, optimizers, made = [], [], []
-    for index, stage in enumerate(stages(fresh(), num)):
-        if index % world == rank:
-            module, optimizer = amp.initialize(stage, optimizer_of(stage), level=level, data_parallel=False)
-            first, last = index == 0, index == num - 1
-            known = {
-                "input_args": tokens if first else boundary.example(micro),
-                "output_args": logits if last else boundary.example(micro),
-            }
-            own.append(module)
-            optimizers.append(optimizer)
-            wrapped = boundary.wrap(module, first=first, last=last)
-            wrapped = Halved(wrapped) if halved and index == 1 else wrapped
-            made.append(pipelining.PipelineStage(wrapped, index, num, torch.device("cpu"), **(known if static else {})))
+    made = []
+    own = {index: stage for index, stage in enumerate(stages(fresh(), num)) if index % world == rank}
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("pp",))
+    model = nn.ModuleList(own.values())  # a rank's stages are one model: one norm, one decision to skip
+    model, optimizer = amp.initialize(model, optimizer_of(model), level=level, mesh=mesh)
+    for index, module in own.items():
+        first, last = index == 0, index == num - 1
+        known = {
+            "input_args": tokens if first else boundary.example(micro),
+            "output_args": logits if last else boundary.example(micro),
+        }
+        wrapped = boundary.wrap(module, first=first, last=last)
+        wrapped = Halved(wrapped) if halved and index == 1 else wrapped
+        made.append(pipelining.PipelineStage(wrapped, index, num, torch.device("cpu"), **(known if static else {})))
     schedule_class = getattr(pipelining, f"Schedule{schedule}")
     given = made if issubclass(schedule_class, pipelining.schedules.PipelineScheduleMulti) else made[0]
     runner = schedule_class(given, MICRO_BATCHES, loss_fn=cross_entropy)
@@ -295,21 +292,19 @@ def pipelined(
             runner.step(*([x] if rank == 0 else []), target=targets, losses=found)
         losses += [torch.stack(found).mean().item()] if found else []
         if step == 0:
-            first_grads = {name: grad for module in own for name, grad in stored_bits(module).items()}
-            grads = [p.grad for module in own for p in module.parameters()]
+            first_grads = {name: grad for module in own.values() for name, grad in stored_bits(module).items()}
+            grads = [p.grad for module in own.values() for p in module.parameters()]
             kinds = {g.payload.dtype for g in grads if isinstance(g, ScalingTensor)}
             sent = [call for call in spy.calls if call[1] > 8]  # shorter ones say hello, and agree on shapes
-        parameters = [p for module in own for p in module.parameters()]
-        norms.append(amp.clip_grad_norm_(parameters, 1.0, reduce_sum=over_stages).item())
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        norms.append(amp.clip_grad_norm_(model, 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
     return {
         "losses": losses,
         "norms": norms,
-        "skipped": [optimizer.skipped_steps for optimizer in optimizers],
+        "skipped": [optimizer.skipped_steps],
         "grads": first_grads,
-        "histories": {name: bits for module in own for name, bits in histories(module).items()},
+        "histories": {name: bits for module in own.values() for name, bits in histories(module).items()},
         "kinds": kinds,
         "sent": sent,
     }
