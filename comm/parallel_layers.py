@@ -160,4 +160,9 @@ def _with_first(args: tuple[Any, ...], kwargs: dict[str, Any], argument: str, ch
     """The arguments of a call with the first of them, or the named one, changed."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
+    if argument not in kwargs:
+        raise ValueError(
+            f"a module's input is its first argument or the one named {argument!r}, got {', '.join(kwargs) or 'none'}"
+            "; name it in the plan: Enter(argument=...)"
+        )
     return args, {**kwargs, argument: change(kwargs[argument])}

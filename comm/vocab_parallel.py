@@ -55,6 +55,11 @@ class VocabCrossEntropy(Parallel, nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """input (N, V / ranks), target (N,), the same on every rank, to a scalar, or (N,) with reduction "none"."""
+        if input.dim() != 2 or target.dim() != 1:
+            raise ValueError(
+                "a loss over a split vocabulary takes logits (N, V / ranks) and N token ids, got shapes "
+                f"{tuple(input.shape)} and {tuple(target.shape)}; flatten the batch and the sequence first"
+            )
         losses = self.losses(input, target, self.ignore_index, self.context.group, f"{self.label}/forward")
         if self.reduction == "none":
             return losses

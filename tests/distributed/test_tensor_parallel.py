@@ -616,6 +616,12 @@ def refused(rank, world, group):
         model(torch.zeros(1, 15, dtype=torch.long))
     with pytest.raises(ValueError, match="history=3"):
         adopt(model, O2.with_rule(Role.PARTIAL_OUTPUT, Rule(format=E4M3, history=3)))
+    loss = model.loss
+    with pytest.raises(ValueError, match=r"N token ids, got shapes \(2, 3, 4\) and \(2, 3\); flatten"):
+        loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
+    entered = parallelize(nn.Sequential(DecoderMLP(8)), group, {"0": Enter(), "0.*_proj": Column()})
+    with pytest.raises(ValueError, match="the one named 'hidden_states', got x; name it in the plan"):
+        entered[0](x=torch.zeros(1, 8))
     held = nn.Sequential(nn.Linear(8, 8))
     output = held(torch.zeros(1, 8, requires_grad=True))
     with pytest.raises(RuntimeError, match="the graph of an earlier forward"):
