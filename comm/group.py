@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msamp_like.comm.roll_call import abandon, roll_call
+from msamp_like.comm.roll_call import abandon, first_line, roll_call
 
 # PyTorch 2.13 renamed the function and warns at the old name; 2.11 has only the old one.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -56,7 +56,7 @@ class Pending:
             raise RuntimeError(
                 f"a collective needs every rank of its group, got no end of {self.what} on rank "
                 f"{dist.get_rank(self.group)} of {dist.get_world_size(self.group)}: {roll_call(self.what, self.group)} "
-                f"({str(error).splitlines()[0]}); read the logs of the ranks named, then restart all of them"
+                f"({first_line(error)}); read the logs of the ranks named, then restart all of them"
             ) from error
 
 

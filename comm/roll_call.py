@@ -56,6 +56,11 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"{'ranks' if len(ranks) > 1 else 'rank'} {listed}"
 
 
+def first_line(error: Exception) -> str:
+    """What a backend says, without the C++ stack that may follow."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def abandon(group: dist.ProcessGroup | None) -> None:
     """Close the connections of a gloo group in which a collective has failed, so that no rank waits for the timeout.
 
@@ -97,7 +102,7 @@ def _call(at: str, ranks: list[int], found: list[str]) -> None:
             store.set(_key(rank), f"{at}\n{noun}{ranks_text(silent)}")
         others = {r: store.get(_key(r)).decode() for r in [r for r in ranks if r not in {rank, *silent}][:_SHOWN]}
     except RuntimeError as error:
-        found.append(_NO_STORE.format(str(error).splitlines()[0]))
+        found.append(_NO_STORE.format(first_line(error)))
         return
     found.append(_clause(at, silent, others, noun))
 
