@@ -13,7 +13,7 @@ without ``zero_grad()`` reduces the sum of the last mean and the new gradient.
 
 Left out, against torch's DistributedDataParallel: parameters and buffers are the caller's to make equal before (see
 :func:`.collectives.replicate`), and a rank that has run out of data has to be given some. A rank whose loss reaches no
-parameter at all would keep the others waiting.
+parameter keeps the others waiting; its step raises.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class DataParallel:
     All ranks pass the same named parameters with the same values. ``partial`` are those whose gradient is a part of a
     sum over ``tensor_group`` too (norms on a shard of the sequence), ``scattered`` those split over it. With one rank
     and nothing partial it does nothing.
-    ``wire`` tells what a step's gradients sent.
+    ``wire`` tells what a step's gradients sent, ``backwards`` counts the reduced ones.
 
     A sum must not be summed again: where a reduction is more than a mean of equal addends (``_sets_aside``), an earlier
     result that ``.grad`` still holds stands aside during the next reduction and is added to its result.
@@ -110,6 +110,7 @@ class DataParallel:
         self._buckets: list[Bucket] = []
         self._bucket_of: list[int] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.backwards = 0
         self._synced = True
         self._active = False
         self._launched = 0
@@ -239,6 +240,7 @@ class DataParallel:
             while self._running:
                 self._running = [steps for steps in self._running if _advance(steps)]
         self._active = False
+        self.backwards += 1
 
     def _reduce(self, bucket: Bucket) -> Steps[None]:
         apart = [p for p in bucket.parameters if self._sets_aside(p)]

@@ -81,7 +81,7 @@ def initialize(
     wiring.round_gradients(originals, scattered=_split_parameters(model))
     _reduce_together(model, wiring)
     optimizers = [_optimizer(source, wiring, originals, seed) for source in sources]
-    _roll_with(model, optimizers, axes)
+    _roll_with(model, optimizers, wiring)
     axes.end_step()  # what made the ranks alike is no part of the first step
     return model, optimizers if several else optimizers[0] if optimizers else None
 
@@ -201,7 +201,7 @@ def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], overri
                     )
 
 
-def _roll_with(model: nn.Module, optimizers: Sequence[LowPrecisionOptimizer], axes: Axes) -> None:
+def _roll_with(model: nn.Module, optimizers: Sequence[LowPrecisionOptimizer], wiring: Wiring) -> None:
     """Each optimizer's step rolls the scalers of its weights; those of frozen weights go with the first."""
     owned: list[list[Scaler]] = [[] for _ in optimizers]
     owner = {id(p): number for number, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
@@ -212,7 +212,26 @@ def _roll_with(model: nn.Module, optimizers: Sequence[LowPrecisionOptimizer], ax
             seen.add(id(gemm))
             owned[owner.get(id(parameter), 0)] += [gemm.input, gemm.grad_output]  # type: ignore[attr-defined]
     for optimizer, scalers in zip(optimizers, owned, strict=True):
-        optimizer.register_step_post_hook(_rolls(scalers, axes))
+        if wiring.reducer is not None:
+            optimizer.register_step_pre_hook(_needs_backward(wiring.reducer))
+        optimizer.register_step_post_hook(_rolls(scalers, wiring.axes))
+
+
+def _needs_backward(reducer: DataParallel) -> Callable[..., None]:
+    """A rank that steps without having exchanged gradients would meet the others in the wrong collective."""
+    seen = 0
+
+    def checked(*_: Any) -> None:
+        nonlocal seen
+        if reducer.backwards == seen:
+            raise RuntimeError(
+                "a step needs gradients that all ranks have exchanged, got none on this rank since the last one: its "
+                "loss reached no parameter, or backward ran in no_sync() alone; give every rank a loss that depends on "
+                "the model, if need be 0 times its output"
+            )
+        seen = reducer.backwards
+
+    return checked
 
 
 def _rolls(scalers: list[Scaler], axes: Axes) -> Callable[..., None]:

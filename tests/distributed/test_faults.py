@@ -156,6 +156,17 @@ def uneven_steps(rank, group):
         optimizer.step()
 
 
+def no_parameter(rank, group, level):
+    """In its first step rank 1 has a loss that does not depend on the model."""
+    model = Net()
+    model, optimizer = amp.initialize(model, torch.optim.SGD(model.parameters(), lr=0.1), level, process_group=group)
+    dist.barrier()
+    for step in range(2):
+        x = torch.randn(4, 64, requires_grad=True)
+        (x.square().mean() if rank == 1 and step == 0 else model(x)).backward()
+        optimizer.step()
+
+
 def sums(rank, group, how):
     """Rank 0 is there for the first of two."""
     counted = CountedGroup(group)
@@ -199,6 +210,8 @@ SCENARIOS = {
     "store dies": ("on rank 0", 3, [0], sums, "dies"),
     "store stops": ("on rank 0", 3, [0], sums, "stops"),
     "uneven steps": ("in a file", 3, [], uneven_steps),
+    "no parameter, O0": ("in a file", 3, [], no_parameter, "O0"),
+    "no parameter, O2": ("in a file", 3, [], no_parameter, "O2"),
     "different collectives": ("in a file", 3, [], different_collectives),
     "mesh": ("in a file", 4, [3], mesh_of_two),
 }
@@ -254,6 +267,16 @@ def test_ranks_that_take_different_numbers_of_steps(outcomes):
     assert done == "nothing"
     for outcome in (first, last):
         assert re.fullmatch(r"comm/bucket\d(/scales)?", at(outcome)[1])
+        assert ": rank 1 did not answer" in outcome
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_a_loss_that_reaches_no_parameter_on_one_rank(outcomes, level):
+    """At O0 its second gradients would be averaged with the others' first; at O2 its scalers with their buckets."""
+    first, odd, last = outcomes(f"no parameter, {level}").values()
+    assert "its loss reached no parameter" in odd
+    for outcome in (first, last):
+        assert at(outcome)[1].startswith("comm/bucket")
         assert ": rank 1 did not answer" in outcome
 
 
