@@ -205,7 +205,7 @@ class Policy:
 RECIPES: Mapping[str, int] = MappingProxyType({"delayed": 16, "current": 0})
 """Recipe -> amax history of INPUT and GRAD_OUTPUT, in steps."""
 
-_STATE_BLOCK: Block = (1, 128)
+_BLOCK: Block = (1, 128)
 
 O0 = Policy(
     name="O0",
@@ -224,10 +224,10 @@ O1 = Policy(
         Role.WEIGHT: Rule(format=E4M3),
         Role.GRAD_OUTPUT: Rule(format=E5M2, history=16),
         Role.GRAD_WEIGHT: Rule(format=E4M3),
-        Role.MASTER_WEIGHT: Rule(format=FP16, block=_STATE_BLOCK, rounding="stochastic"),
+        Role.MASTER_WEIGHT: Rule(format=FP16, block=_BLOCK, rounding="stochastic"),
         Role.FIRST_MOMENT: Rule(format=FP32),
         Role.SECOND_MOMENT: Rule(format=FP32),
-        Role.PARTIAL_OUTPUT: Rule(format=E4M3),
+        Role.PARTIAL_OUTPUT: Rule(format=E4M3, block=_BLOCK),
         Role.SAVED_ACTIVATION: Rule(format=BF16),
     },
 )
@@ -241,8 +241,8 @@ O2 = replace(
     name="O2",
     rules={
         **O1.rules,
-        Role.FIRST_MOMENT: Rule(format=E4M3, block=_STATE_BLOCK, rounding="auto"),
-        Role.SECOND_MOMENT: Rule(format=FP16, block=_STATE_BLOCK, rounding="stochastic"),
+        Role.FIRST_MOMENT: Rule(format=E4M3, block=_BLOCK, rounding="auto"),
+        Role.SECOND_MOMENT: Rule(format=FP16, block=_BLOCK, rounding="stochastic"),
     },
 )
 """O1 with an E4M3 first and an FP16 second moment, each rounded so that a slow average still moves."""
@@ -252,7 +252,6 @@ O3 = replace(
     name="O3",
     parameter=Role.WEIGHT,
     zero_stage=1,
-    rules={**O2.rules, Role.PARTIAL_OUTPUT: Rule(format=E4M3, block=_STATE_BLOCK)},
 )
 """O2 for several processes: the parameter is the E4M3 weight, its FP16 master lives with the rank that owns it, and
 what tensor and sequence parallelism exchange is E4M3 in blocks, whose scales travel with the codes."""
