@@ -35,6 +35,8 @@ __all__ = [
     "fp8_report",
     "initialize",
     "load_state_dict",
+    "policy_of",
+    "release",
     "restore",
     "state_bytes",
     "state_dict",
@@ -54,6 +56,7 @@ class _Wiring:
         self.reducer = reducer
         self.rounded: list[Tensor] = []
         self.removable: list[Any] = []
+        self.released = False
 
     def round_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Have the first gradient of each of the parameters stored as the policy says."""
@@ -218,6 +221,11 @@ def restore(model: nn.Module) -> nn.Module:
     The optimizer that ``initialize`` returned has nothing to step any more; build a torch optimizer to go on.
     """
     wiring = _wiring(model)
+    if wiring.released:
+        raise RuntimeError(
+            "a model is restored while it holds its own parameters, got one whose shards fully_shard holds; "
+            "gather plain values with msamp_like.integrations.fsdp2.full_state_dict(model)"
+        )
     conversion.check_swappable((n, p) for n, p in model.named_parameters() if isinstance(p, ScalingTensor))
     for removable in wiring.removable:
         removable.remove()
@@ -235,6 +243,21 @@ def _wiring(model: nn.Module) -> _Wiring:
             "first, and pass the model itself, not a wrapper of it"
         )
     return model._wiring
+
+
+def policy_of(model: nn.Module) -> Policy:
+    """The policy that the model was initialized with."""
+    return _wiring(model).policy
+
+
+def release(model: nn.Module) -> None:
+    """Let go of the model's parameters, for a host that puts shards in their place; :func:`restore` then refuses."""
+    wiring = _wiring(model)
+    for removable in wiring.removable:
+        removable.remove()
+    wiring.rounded.clear()
+    wiring.removable.clear()
+    wiring.released = True
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
