@@ -129,6 +129,9 @@ def attach(
     """
     _check_reduce(reduce)
     policy = amp.policy_of(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     named = list(model.named_parameters())
     plain = [name for name, p in named if not isinstance(p, DTensor)]
     if plain:
@@ -318,8 +321,9 @@ def full_state_dict(model: nn.Module, optimizer: ShardedOptimizer | None = None)
     gathered at a time.
     """
     found: dict[str, Tensor] = {}
+    current = model.state_dict(keep_vars=True)  # its hooks put the shards back, where a forward has gathered them
     names = {id(p): name for name, p in model.named_parameters()}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in current.items():
         if not isinstance(value, DTensor):
             found[name] = value.detach().clone()
             continue

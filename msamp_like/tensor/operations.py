@@ -40,7 +40,7 @@ def _carry_gemm(source: ScalingTensor, made: ScalingTensor) -> ScalingTensor:
 def _detach(source: ScalingTensor) -> ScalingTensor:
     # nn.Parameter(t) detaches: a parameter made from a weight (Module.to does that) has to stay that weight
     made = _carry_gemm(source, _like(source, source.payload.detach(), source.scale_inv.detach()))
-    made.padded, made.agreed = source.padded, source.agreed
+    made.padded, made._marks = source.padded, source._marks
     made._casts = source._casts  # a write through either, weight.data.copy_() say, makes the copies of both stale
     return made
 

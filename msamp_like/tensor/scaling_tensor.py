@@ -47,7 +47,7 @@ class ScalingTensor(torch.Tensor):
     block: Block
     gemm: Gemm | None
     padded: Tensor | None
-    agreed: bool
+    _marks: dict[str, bool]
     _casts: dict[tuple[object, ...], Operand]
 
     @staticmethod
@@ -82,7 +82,7 @@ class ScalingTensor(torch.Tensor):
         self.block = block
         self.gemm = None
         self.padded = None
-        self.agreed = False
+        self._marks = {}
         self._casts = {}
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -96,6 +96,15 @@ class ScalingTensor(torch.Tensor):
     def operand(self) -> Operand:
         """The stored tensors as kernels take them."""
         return Operand(self.payload, self.scale_inv, self.block)
+
+    @property
+    def agreed(self) -> bool:
+        """Whether this is a shard and all shards have one scale; the same of every alias of one storage."""
+        return self._marks.get("agreed", False)
+
+    @agreed.setter
+    def agreed(self, agreed: bool) -> None:
+        self._marks["agreed"] = agreed
 
     @property
     def stored_bytes(self) -> int:
@@ -151,7 +160,7 @@ class ScalingTensor(torch.Tensor):
     def replace_(self, other: ScalingTensor) -> ScalingTensor:
         """Hold another's storage from now on: the only way to change format or blocks in place."""
         self.payload, self.scale_inv, self.block = other.payload, other.scale_inv, other.block
-        self.padded, self.agreed = other.padded, other.agreed
+        self.padded, self._marks = other.padded, other._marks
         self._casts = {}  # not cleared: an alias may share the old ones with the old storage
         return self
 
