@@ -86,6 +86,7 @@ def fully_shard(
     """
     policy = _checked_policy(policies.resolve(level))
     _check_reduce(reduce)
+    _check_plain(model)
     mesh = _checked_mesh(mesh, model)
     group = CountedGroup(mesh.get_group(), "fsdp")
     modules = _matching(model, [blocks] if isinstance(blocks, str) else blocks)
@@ -164,6 +165,15 @@ def _checked_policy(policy: Policy) -> Policy:
             "O0 for BF16"
         )
     return policy
+
+
+def _check_plain(model: nn.Module) -> None:
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"a model is sharded once, from plain parameters, got {len(sharded)} DTensors, first {sharded[0]!r}; call "
+            "this before anything else cuts the model, or convert and shard by hand and call attach"
+        )
 
 
 def _check_reduce(reduce: str) -> None:

@@ -94,7 +94,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._all_finite():
             self.inner.step()
             masters = [self.inner.state.get(self._held[id(p)], {}).get("master_weight") for p in self._parameters()]
-            agree_on_scales(list(zip(self._parameters(), masters, strict=True)), self.mesh)
+            agree_on_scales(list(zip(self._parameters(), masters, strict=True)), self.mesh, self.group)
         else:
             self.skipped_steps += 1
             logger.warning("a gradient is not finite on some rank: step skipped (%d so far)", self.skipped_steps)
@@ -180,7 +180,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def agree_on_scales(shards: Sequence[tuple[Tensor, Tensor | None]], mesh: DeviceMesh) -> None:
+def agree_on_scales(
+    shards: Sequence[tuple[Tensor, Tensor | None]], mesh: DeviceMesh, group: CountedGroup | None = None
+) -> None:
     """Store this rank's rows of every weight with one scale, that of the largest amax on any rank.
 
     ``shards`` are (sharded parameter, this rank's values), the same parameters on every rank; None stands for what is
@@ -192,7 +194,8 @@ def agree_on_scales(shards: Sequence[tuple[Tensor, Tensor | None]], mesh: Device
         return
     device = device_of(mesh)
     amax = torch.stack([_amax(local, values).to(device) for local, values in scaled])
-    CountedGroup(mesh.get_group(), "fsdp").all_reduce(amax, dist.ReduceOp.MAX, "fsdp/weight scales").wait()
+    group = group or CountedGroup(mesh.get_group(), "fsdp")
+    group.all_reduce(amax, dist.ReduceOp.MAX, "fsdp/weight scales").wait()
     for (local, values), largest in zip(scaled, amax, strict=True):
         scale_inv = kernels.scale_inv_from_amax(largest.view(1, 1).to(local.device), local.format)
         if local.numel():
