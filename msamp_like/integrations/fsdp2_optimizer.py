@@ -66,6 +66,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 states = {key: _cut(value, parameter, self.group) for key, value in source.state[parameter].items()}
                 self.inner.adopt(held, states, original)
         source.state.clear()
+        self._source = source
 
     def _parameters(self) -> list[DTensor]:
         return [p for g in self.param_groups for p in g["params"]]
@@ -100,6 +101,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             logger.warning("a gradient is not finite on some rank: step skipped (%d so far)", self.skipped_steps)
         for held in self._held.values():
             held.grad = None
+        self._source._opt_called = True  # type: ignore[attr-defined]  # a scheduler built on it asks whether a step came
         roll(self._scalers, lambda amax: self._all_reduce(amax, dist.ReduceOp.MAX, "fsdp/scalers"))
         return loss
 

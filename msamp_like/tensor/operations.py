@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from msamp_like import kernels
-from msamp_like.formats import BF16, WHOLE
+from msamp_like.formats import BF16
 from msamp_like.tensor.scaling_tensor import OPERATIONS, ScalingTensor, real, unscaled
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ def _detach(source: ScalingTensor) -> ScalingTensor:
 @_defines(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_as.default)
 def _view(source: ScalingTensor, size: Sequence[int] | Tensor) -> ScalingTensor:
     shape = size.shape if isinstance(size, Tensor) else size
-    if source.block == WHOLE and list(shape) == [-1]:  # fully_shard keeps its padded shard flat
+    if source.shard and list(shape) == [-1]:  # fully_shard keeps its padded shard flat
         return _like(source, source.payload.view(-1), source.scale_inv)
     _keeps_shape(source, shape)
     return _detach(source)
@@ -70,8 +70,11 @@ def _clone(source: ScalingTensor, memory_format: Any = None) -> ScalingTensor:
 
 @_defines(aten._to_copy.default)
 def _to_copy(source: ScalingTensor, dtype: Any = None, device: Any = None, **_: Any) -> ScalingTensor:
-    payload, scale_inv = source.payload.to(device, copy=True), source.scale_inv.to(device, copy=True)
-    return _carry_gemm(source, _like(source, payload, scale_inv, dtype))
+    whole = (source.payload if source.padded is None else source.padded).to(device, copy=True)
+    payload = whole if source.padded is None else whole[: source.shape[0]]
+    made = _carry_gemm(source, _like(source, payload, source.scale_inv.to(device, copy=True), dtype))
+    made.padded, made._marks = None if source.padded is None else whole, dict(source._marks)
+    return made
 
 
 @_defines(aten.empty_like.default, aten.zeros_like.default)

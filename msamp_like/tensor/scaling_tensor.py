@@ -107,6 +107,11 @@ class ScalingTensor(torch.Tensor):
         self._marks["agreed"] = agreed
 
     @property
+    def shard(self) -> bool:
+        """Whether torch's ``fully_shard`` made this for a shard's rows."""
+        return self._marks.get("shard", False)
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of payload and scales, measured on the tensors; a cached cast is not in it (see ``cast_bytes``)."""
         return self.payload.nbytes + self.scale_inv.nbytes

@@ -34,6 +34,7 @@ def _part(source: ScalingTensor, start: int, end: int) -> ScalingTensor:
     if any(bool(_bits(r).any()) for r in rest if r.numel()):
         return _made(source, payload.clone(), source.scale_inv.clone())
     made = _made(source, payload, source.scale_inv)
+    made._marks = source._marks
     if start == 0 and end < source.shape[0]:
         made.padded = source.payload
     return made
@@ -45,7 +46,7 @@ def _bits(payload: Tensor) -> Tensor:
 
 def _made(source: ScalingTensor, payload: Tensor, scale_inv: Tensor, dtype: torch.dtype | None = None) -> ScalingTensor:
     made = ScalingTensor(payload, scale_inv, WHOLE, dtype or source.dtype)
-    made.gemm, made.agreed = source.gemm, source.agreed
+    made.gemm = source.gemm
     return made
 
 
@@ -71,7 +72,7 @@ def _new_zeros(source: ScalingTensor, size: Sequence[int], **options: Any) -> Sc
     device = options.get("device") or source.device
     payload = torch.zeros(*size, dtype=source.payload.dtype, device=device)
     made = _made(source, payload, torch.ones_like(source.scale_inv, device=device), options.get("dtype"))
-    made.agreed = False
+    made._marks = {"shard": True}
     return made
 
 

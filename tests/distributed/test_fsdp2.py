@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -411,8 +413,8 @@ class Ragged(nn.Module):
 def trains_ragged(rank, world, group):
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
     trained = []
-    warnings = Warnings()
-    logging.getLogger("msamp_like.integrations.fsdp2").addHandler(warnings)
+    heard = Warnings()
+    logging.getLogger("msamp_like.integrations.fsdp2").addHandler(heard)
     for reduce in (None, "plain", "fp8"):
         torch.manual_seed(0)
         model = Ragged()
@@ -429,9 +431,9 @@ def trains_ragged(rank, world, group):
             optimizer.step()
             optimizer.zero_grad()
         trained.append(values(model) if reduce is None else fsdp2.full_state_dict(model))
-    logging.getLogger("msamp_like.integrations.fsdp2").removeHandler(warnings)
+    logging.getLogger("msamp_like.integrations.fsdp2").removeHandler(heard)
     closest = min(sqnr(trained[0][n], trained[2][n]) for n in trained[0] if "weight" in n)
-    return differing(trained[0], trained[1]), closest, warnings.texts
+    return differing(trained[0], trained[1]), closest, heard.texts
 
 
 class Warnings(logging.Handler):
@@ -472,6 +474,33 @@ def test_histories_are_those_of_all_ranks_and_noise_is_each_ranks_own(ranks):
 
 
 # --- by hand: torch's own fully_shard -------------------------------------------------------------------------------
+
+
+def schedules(rank, world, group):
+    model = gpt()
+    optimizer = adamw(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+    model, ours = fsdp2.fully_shard(model, optimizer)
+    train(model, ours, batch(), 1)
+    before = [p.clone() for p in shards(model, ours)[: len(list(model.parameters()))]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where a scheduler steps before its optimizer
+        scheduler.step()
+    train(model, ours, batch(), 1)
+    after = shards(model, ours)
+    model.blocks[0].unshard()
+    gathered = type(model.blocks[0].mlp.up.weight).__name__
+    model.blocks[0].reshard()
+    with pytest.raises(NotImplementedError):
+        model.blocks[0].mlp.up.weight.full_tensor()
+    return all(same_bits(real(a), real(b)) for a, b in zip(before, after[: len(before)], strict=True)), gathered
+
+
+def test_a_scheduler_of_the_torch_optimizer_drives_the_shards(ranks):
+    """A learning rate of 0 (and with it no decay) changes no weight: masters are written as they were read."""
+    for same, gathered in ranks(2, schedules):
+        assert same
+        assert gathered == "ScalingTensor"
 
 
 def shards_by_hand(rank, world, group):
@@ -545,8 +574,10 @@ def test_shards_with_scales_of_their_own_gather_with_a_scale_a_shard(ranks):
 def resumes(rank, world, group):
     model, optimizer = sharded()
     train(model, optimizer, batch(rank), 2)
-    saved = fsdp2.state_dict(model, optimizer)
-    saved = {**saved, **torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, saved)}
+    file = io.BytesIO()
+    torch.save(fsdp2.state_dict(model, optimizer), file)
+    file.seek(0)
+    saved = torch.load(file)
     straight = train(model, optimizer, batch(rank), 3)
     other, other_optimizer = sharded(seed=5)
     fresh = train(other, other_optimizer, batch(rank), 1)
@@ -664,6 +695,12 @@ def test_a_part_is_a_view_of_padding_and_else_a_copy():
     rows.store_(torch.full((6, 4), 2.0**20))
     assert padded.dequantize()[:6].eq(2.0**20).all()
     assert rows.padded is padded.payload
+    moved = rows.to(torch.bfloat16)  # as an offloaded shard moves to the device: with its padding
+    assert moved.padded.shape == (8, 4)
+    assert same_bits(moved.payload, rows.payload)
+    assert same_bits(padded.view(-1).dequantize(), padded.dequantize().view(-1))
+    with pytest.raises(NotImplementedError, match="DistributedDataParallel"):
+        whole.view(-1)  # a weight that is no shard: torch's DDP asks for this, and is told what to do
     assert [tuple(c.shape) for c in torch.chunk(whole, 4)] == [(2, 4)] * 3
 
 
