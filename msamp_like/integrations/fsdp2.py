@@ -14,7 +14,6 @@ Left out: meshes of two dims (HSDP), parameters that are DTensors already, defer
 from __future__ import annotations
 
 import fnmatch
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -29,10 +28,10 @@ from torch.distributed.tensor import DTensor
 
 from msamp_like import amp
 from msamp_like import policy as policies
-from msamp_like.comm.collectives import finish, replicate
-from msamp_like.comm.flat import Stretch, reduce_scatter_flat
+from msamp_like.comm.collectives import replicate
 from msamp_like.comm.group import CountedGroup
 from msamp_like.formats import WHOLE
+from msamp_like.integrations.fsdp2_communication import communicate
 from msamp_like.integrations.fsdp2_optimizer import (
     ShardedOptimizer,
     agree_on_scales,
@@ -42,12 +41,10 @@ from msamp_like.integrations.fsdp2_optimizer import (
     shard_of,
 )
 from msamp_like.optim import check
-from msamp_like.policy import Policy, Role, Rule
+from msamp_like.policy import Policy, Role
 from msamp_like.scaling import Scaler
 from msamp_like.telemetry.report import Report
 from msamp_like.tensor import ScalingTensor, real
-
-logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -141,20 +138,18 @@ def attach(
             "fully_shard on the root module too"
         )
     amp.release(model)
-    rule = policy[Role.GRAD_WEIGHT]
-    if reduce == "fp8" and rule.format.scaled:
-        for name, module in model.named_modules():
-            if isinstance(module, FSDPModule):
-                scatter = QuantizedReduceScatter(_managed(module), rule, f"fsdp/{name or 'root'}")
-                module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]  # its base class is not public
     mesh: DeviceMesh = named[0][1].device_mesh  # type: ignore[attr-defined]
-    agree_on_scales([(p, None) for _, p in named], mesh)
+    group = CountedGroup(mesh.get_group(), "fsdp")
+    communicate(model, policy[Role.GRAD_WEIGHT] if reduce == "fp8" else None, group)
+    agree_on_scales([(p, None) for _, p in named], mesh, group)
     if optimizer is None:
         return None
     names = {id(p): name for name, p in named}
     _names_of(optimizer, names)
     scalers = [module for module in model.modules() if isinstance(module, Scaler)]
-    return ShardedOptimizer(optimizer, policy, mesh, names=names, originals=originals or {}, scalers=scalers, seed=seed)
+    return ShardedOptimizer(
+        optimizer, policy, mesh, names=names, originals=originals or {}, scalers=scalers, group=group, seed=seed
+    )
 
 
 def _checked_policy(policy: Policy) -> Policy:
@@ -221,77 +216,6 @@ def _names_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> lis
                     "not; build it on model.parameters() of this very model as it is now"
                 )
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-
-
-# --- gradients ------------------------------------------------------------------------------------------------------
-
-
-class QuantizedReduceScatter:
-    """torch's reduce-scatter of one group of parameters, with the matrices' gradients in the rule's format.
-
-    ``parameters`` are the group's in torch's order: modules children first, each module's own as it names them. Where
-    some got no gradient in a backward, torch leaves them out without saying which, and the group travels plain then.
-    """
-
-    def __init__(self, parameters: Sequence[DTensor], rule: Rule, label: str) -> None:
-        self.parameters = tuple(parameters)
-        self.rule = rule
-        self.label = label
-        self.group: CountedGroup | None = None
-        self._warned = False
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
-    ) -> None:
-        """``output_tensor`` becomes this rank's part of the mean (or sum, as ``op`` says) of ``input_tensor``."""
-        if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
-            raise ValueError(
-                f"gradients are reduced as a mean or a sum, got {op}; leave the divide factor alone and scale the loss"
-            )
-        if self.group is None or self.group.group is not group:
-            self.group = CountedGroup(group, "fsdp")
-        rows = input_tensor.view(self.group.world, -1)
-        total = finish(
-            reduce_scatter_flat(rows, self._stretches(rows.shape[1], rows.shape[0]), self.rule, self.group, self.label)
-        )
-        output_tensor.copy_(total.div_(self.group.world) if op == dist.ReduceOp.AVG else total)
-
-    @torch.no_grad()
-    def _stretches(self, row: int, world: int) -> list[Stretch]:
-        stretches = [
-            Stretch(numel=-(-p.shape[0] // world) * p.shape[1:].numel(), scaled=isinstance(local_of(p), ScalingTensor))
-            for p in self.parameters
-            if p.requires_grad
-        ]
-        if sum(s.numel for s in stretches) == row:
-            return stretches
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s: not all of its %d parameters got a gradient, so the others travel plain: FSDP2 does not say which",
-                self.label,
-                len(stretches),
-            )
-        return [Stretch(numel=row, scaled=False)]
-
-
-def _managed(module: Any) -> list[DTensor]:
-    """The parameters that ``fully_shard(module)`` made one group, in its order."""
-    found: dict[int, DTensor] = {}
-
-    def visit(part: nn.Module) -> None:
-        for child in part.children():
-            if not isinstance(child, FSDPModule):
-                visit(child)
-        for parameter in part.parameters(recurse=False):
-            if isinstance(parameter, DTensor):
-                found.setdefault(id(parameter), parameter)
-
-    visit(module)
-    return list(found.values())
 
 
 # --- state ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Its groups hold the model's DTensors, and they are the very dicts of the optimizer it was made from, so a scheduler
     built on that one drives this one. ``inner`` steps the shards; a rank without a row of a parameter has none of it.
+    ``group`` counts what the model's collectives send, torch's own reduction apart (``group.ledger``).
     Non-finite gradients skip the step on all ranks. After a step all shards of a weight are stored with one scale, from
     the largest amax of any (one FP32 a weight in a MAX all-reduce), so the gathered weight has the bits of an unsharded
     one. Stochastic rounding draws other noise on every rank.
@@ -43,12 +44,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         names: Mapping[int, str],
         originals: Mapping[str, Tensor],
         scalers: Sequence[Scaler] = (),
+        group: CountedGroup | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(source.param_groups, dict(source.defaults))
         self.mesh = mesh
         self.device = device_of(mesh)
-        self.group = CountedGroup(mesh.get_group(), "fsdp")
+        self.group = group or CountedGroup(mesh.get_group(), "fsdp")
         self.skipped_steps = 0
         self._scalers = tuple(scalers)
         self._names = {id(p): names[id(p)] for g in self.param_groups for p in g["params"]}

@@ -25,6 +25,7 @@ from msamp_like.comm.flat import Stretch, reduce_scatter_flat
 from msamp_like.comm.group import CountedGroup
 from msamp_like.formats import E4M3, E5M2, WHOLE
 from msamp_like.integrations import fsdp2
+from msamp_like.integrations.fsdp2_communication import QuantizedReduceScatter
 from msamp_like.integrations.fsdp2_optimizer import agree_on_scales, local_of
 from msamp_like.models.gpt import GPT, GPTConfig
 from msamp_like.policy import O3, Policy, Role, Rule
@@ -56,7 +57,13 @@ def batch(seed: int = 1, size: int = 2, vocab: int = 37) -> Tensor:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    """Two groups, as is usual: matrices decay, the others do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-2)
 
 
 def sharded(level: str | Policy = "O3", config: GPTConfig = ODD, seed: int = 0, **options):
@@ -127,6 +134,26 @@ def test_a_gradient_rounded_on_the_way_gives_other_bits(ranks):
     policy = exact().with_rule("grad_weight", "e4m3")
     for wrong in ranks(2, differs_from_unsharded, policy):
         assert len(wrong) > 20
+
+
+def goes_on(rank, world, group):
+    """A plain run of two steps, then eight sharded ones: moments and step counts come along."""
+    weights = []
+    for shard in (False, True):
+        model = gpt()
+        optimizer = adamw(model)
+        train(model, optimizer, batch(), 2)
+        if shard:
+            model, optimizer = fsdp2.fully_shard(model, optimizer, exact(), reduce="plain")
+        else:
+            model, optimizer = amp.initialize(model, optimizer, level=exact(), data_parallel=False)
+        train(model, optimizer, batch(), 8)
+        weights.append(fsdp2.full_state_dict(model) if shard else values(model))
+    return differing(*weights)
+
+
+def test_an_optimizer_that_has_stepped_goes_on(ranks):
+    assert ranks(2, goes_on) == [[], []]
 
 
 def differs_from_unsharded(rank, world, group, policy):
@@ -200,11 +227,15 @@ def test_weights_gather_in_half_the_bytes_of_bf16(ranks):
 
 
 def counts_reduced(rank, world, group):
-    model, _ = sharded("O3", EVEN)
+    model, optimizer = sharded("O3", EVEN)
     tokens = batch(rank, vocab=64)
     loss = model(tokens, tokens)[1]
+    optimizer.group.reset()
     with Spy(world, rank) as spy:
         loss.backward()
+    ledger = sum(entry.sent for entry in optimizer.group.ledger)
+    assert ledger == spy.sent > 0  # what is counted is what the dispatcher saw, torch's all-gathers included
+    assert {e.label for e in optimizer.group.ledger} >= {"fsdp/root", "fsdp/blocks.0/scales", "fsdp/blocks.0/gather"}
     sizes = {n: (p.numel(), isinstance(local_of(p), ScalingTensor)) for n, p in model.named_parameters()}
     return sizes, [(c.name, c.dtype, c.sent) for c in spy.calls if c.name == "alltoall_base"]
 
@@ -414,7 +445,7 @@ def trains_ragged(rank, world, group):
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
     trained = []
     heard = Warnings()
-    logging.getLogger("msamp_like.integrations.fsdp2").addHandler(heard)
+    logging.getLogger("msamp_like.integrations.fsdp2_communication").addHandler(heard)
     for reduce in (None, "plain", "fp8"):
         torch.manual_seed(0)
         model = Ragged()
@@ -431,7 +462,7 @@ def trains_ragged(rank, world, group):
             optimizer.step()
             optimizer.zero_grad()
         trained.append(values(model) if reduce is None else fsdp2.full_state_dict(model))
-    logging.getLogger("msamp_like.integrations.fsdp2").removeHandler(heard)
+    logging.getLogger("msamp_like.integrations.fsdp2_communication").removeHandler(heard)
     closest = min(sqnr(trained[0][n], trained[2][n]) for n in trained[0] if "weight" in n)
     return differing(trained[0], trained[1]), closest, heard.texts
 
@@ -668,7 +699,7 @@ def refuses(rank, world, group):
     done, _ = sharded()
     with pytest.raises(ValueError, match="sharded once"):
         fsdp2.fully_shard(done)
-    scatter = fsdp2.QuantizedReduceScatter([], O3[Role.GRAD_WEIGHT], "x")
+    scatter = QuantizedReduceScatter([], O3[Role.GRAD_WEIGHT], CountedGroup(group), "x")
     with pytest.raises(ValueError, match="a mean or a sum"):
         scatter(torch.zeros(1), torch.zeros(world), group, dist.ReduceOp.MAX)
     return len(texts)
