@@ -5,7 +5,7 @@
 FP8-LM (Peng et al., 2023, https://arxiv.org/abs/2310.18313) shards whole tensors; this is the cut along dim 0 that
 torch's ``fully_shard`` makes (Rajbhandari et al., "ZeRO", 2019, https://arxiv.org/abs/1910.02054, stage 3). Of the host
 only public seams are used: the all-gather methods of a tensor class, which :class:`~msamp_like.tensor.ScalingTensor`
-has, and ``set_custom_reduce_scatter``. Tested with PyTorch 2.13.
+has, ``set_custom_all_gather`` and ``set_custom_reduce_scatter``. Tested with PyTorch 2.13.
 
 Left out: meshes of two dims (HSDP), parameters that are DTensors already, deferred initialisation on the meta device,
 ``torch.distributed.checkpoint`` (see :func:`full_state_dict` and :func:`state_dict`).
@@ -78,8 +78,8 @@ def fully_shard(
     rule for gradients says, or "plain". The other options are torch's ``fully_shard``'s and ``amp.initialize``'s;
     ``cpu_offload`` keeps shards, gradients and states in host memory, not pinned.
 
-    Raises ValueError, before anything is changed, for a level whose parameter is not the E4M3 or BF16 weight, a mesh of
-    two dims, a pattern that matches nothing, and an optimizer that holds parameters that are not the model's.
+    Raises ValueError, before the model is converted, for a level whose parameter is not the E4M3 or BF16 weight, a mesh
+    of two dims, a pattern that matches nothing, and an optimizer that holds parameters that are not the model's.
     """
     policy = _checked_policy(policies.resolve(level))
     _check_reduce(reduce)
@@ -91,8 +91,8 @@ def fully_shard(
     members = [] if optimizer is None else _names_of(optimizer, names)
     replicate([*model.named_parameters(), *model.named_buffers()], group)
     originals = {n: shard_of(p.detach(), group).float().clone() for n, p in model.named_parameters() if p.dim() > 1}
-    moments = {} if optimizer is None else {names[id(p)]: optimizer.state.pop(p) for p in list(optimizer.state)}
     amp.initialize(model, None, policy, recipe=recipe, overrides=overrides, data_parallel=False)
+    moments = {} if optimizer is None else {names[id(p)]: optimizer.state.pop(p) for p in list(optimizer.state)}
     offload = CPUOffloadPolicy(pin_memory=False) if cpu_offload else OffloadPolicy()
     modules.append(model)
     for module in modules:
@@ -244,7 +244,7 @@ def load_state_dict(model: nn.Module, optimizer: ShardedOptimizer, state: Mappin
     for name, module in model.named_modules():
         if isinstance(module, Scaler):
             module.load_state(state["scalers"][name])
-    agree_on_scales([(p, None) for p in model.parameters()], optimizer.mesh)
+    agree_on_scales([(p, None) for p in model.parameters()], optimizer.mesh, optimizer.group)
 
 
 @torch.no_grad()

@@ -230,7 +230,7 @@ def _seed_of_rank(seed: int, rank: int) -> int:
 
 @torch.no_grad()
 def local_of(tensor: Tensor) -> Tensor:
-    """What this rank holds of a parameter or gradient: the very tensor, not a view of it."""
+    """What this rank holds of a parameter or gradient: its storage and its marks, if not the very object."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
