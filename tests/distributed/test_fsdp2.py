@@ -427,6 +427,27 @@ def test_activation_checkpointing_changes_no_bit_and_bf16_policy_trains(ranks):
         assert dtype == torch.bfloat16
 
 
+def compiles(rank, world, group):
+    losses = []
+    for compiled in (False, True):
+        model, optimizer = sharded("O3", EVEN)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        if compiled:
+            model.blocks[0].compile(backend="aot_eager")
+        losses.append(train(model, optimizer, batch(rank, vocab=64), 2))
+        frames = torch._dynamo.utils.counters["frames"]["ok"]
+    torch._dynamo.reset()
+    return losses, frames
+
+
+def test_a_compiled_block_computes_the_same(ranks):
+    """aot_eager traces and runs the same kernels in the same order."""
+    for (eager, compiled), frames in ranks(2, compiles):
+        assert eager == compiled
+        assert frames > 0  # the control: something was compiled
+
+
 class Ragged(nn.Module):
     """One row on four ranks, frozen, plain, never used, nested in one another."""
 
