@@ -127,11 +127,16 @@ class CountedGroup:
         what = self._count("all_to_all", label, x.nbytes - x[:own].nbytes)
         return received, Pending(work, what, self.group)
 
-    def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None, label: str = "") -> tuple[Tensor, Pending]:
-        """(every rank's ``x`` along dim 0, the work to wait for); ``sizes[r]`` is rank r's dim 0 where they differ."""
+    def all_gather(
+        self, x: Tensor, sizes: Sequence[int] | None = None, label: str = "", out: Tensor | None = None
+    ) -> tuple[Tensor, Pending]:
+        """(every rank's ``x`` along dim 0, the work to wait for); ``sizes[r]`` is rank r's dim 0 where they differ.
+
+        Equal parts may be gathered into ``out``, of which ``x`` may be this rank's part.
+        """
         x = x.contiguous()
         if sizes is None or len(set(sizes)) == 1:
-            gathered = x.new_empty(self.world * x.shape[0], *x.shape[1:])
+            gathered = x.new_empty(self.world * x.shape[0], *x.shape[1:]) if out is None else out
             work = _all_gather(gathered, x, group=self.group, async_op=True)
         else:  # no backend gathers parts of different sizes; an all-to-all of copies sends the same bytes
             gathered = x.new_empty(sum(sizes), *x.shape[1:])

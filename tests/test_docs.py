@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from msamp_like.tensor.scaling_tensor import OPERATIONS
+from msamp_like.tensor.scaling_tensor import HOST_OPERATIONS, OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -50,6 +50,7 @@ def test_commands_exist(page):
 
 def test_every_operation_of_a_scaling_tensor_is_documented():
     text = (ROOT / "docs" / "reference" / "tensor.md").read_text()
-    documented = set(re.findall(r"`([A-Za-z_0-9]+)`", text))
+    documented = set(re.findall(r"`([A-Za-z_0-9.]+)`", text))
     defined = {operation._schema.name.removeprefix("aten::") for operation in OPERATIONS}
+    defined |= {name.removesuffix(".default") for name in HOST_OPERATIONS}
     assert defined - documented == set()

@@ -14,7 +14,7 @@ from msamp_like.amp.state import (
     wire_bytes,
     wire_ledger,
 )
-from msamp_like.amp.wiring import Converted
+from msamp_like.amp.wiring import Converted, policy_of, release
 
 __all__ = [
     "Converted",
@@ -22,6 +22,8 @@ __all__ = [
     "fp8_report",
     "initialize",
     "load_state_dict",
+    "policy_of",
+    "release",
     "restore",
     "state_bytes",
     "state_dict",

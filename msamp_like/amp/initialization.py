@@ -248,6 +248,11 @@ def restore(model: nn.Module) -> nn.Module:
     The optimizer that ``initialize`` returned has nothing to step any more; build a torch optimizer to go on.
     """
     wiring = wiring_of(model)
+    if wiring.released:
+        raise RuntimeError(
+            "a model is restored while it holds its own parameters, got one whose shards fully_shard holds; "
+            "gather plain values with msamp_like.integrations.fsdp2.full_state_dict(model)"
+        )
     conversion.check_swappable((n, p) for n, p in model.named_parameters() if isinstance(p, ScalingTensor))
     for removable in wiring.removable:
         removable.remove()

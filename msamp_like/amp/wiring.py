@@ -33,6 +33,7 @@ class Wiring:
         self.rounded: list[Tensor] = []
         self.scattered: list[Tensor] = []
         self.removable: list[Any] = []
+        self.released = False
 
     def round_gradients(self, parameters: Iterable[Tensor], scattered: Sequence[Tensor]) -> None:
         """Have the first gradient of each of the parameters stored as the policy says, and marked if ``scattered``."""
@@ -101,6 +102,21 @@ def wiring_of(model: nn.Module) -> Wiring:
             "first, and pass the model itself, not a wrapper of it"
         )
     return model._wiring
+
+
+def policy_of(model: nn.Module) -> Policy:
+    """The policy that the model was initialized with."""
+    return wiring_of(model).policy
+
+
+def release(model: nn.Module) -> None:
+    """Let go of the model's parameters, for a host that puts shards in their place; ``amp.restore`` then refuses."""
+    wiring = wiring_of(model)
+    for removable in wiring.removable:
+        removable.remove()
+    wiring.rounded.clear()
+    wiring.removable.clear()
+    wiring.released = True
 
 
 def _rounds_first(parameter: Tensor, rule: Rule, scattered: bool) -> Callable[[Tensor], Tensor]:

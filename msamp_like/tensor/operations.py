@@ -42,13 +42,17 @@ def _carry_gemm(source: ScalingTensor, made: ScalingTensor) -> ScalingTensor:
 def _detach(source: ScalingTensor) -> ScalingTensor:
     # nn.Parameter(t) detaches: a parameter made from a weight (Module.to does that) has to stay that weight
     made = _carry_gemm(source, _like(source, source.payload.detach(), source.scale_inv.detach()))
+    made.padded, made._marks = source.padded, source._marks
     made._casts = source._casts  # a write through either, weight.data.copy_() say, makes the copies of both stale
     return made
 
 
 @_defines(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_as.default)
 def _view(source: ScalingTensor, size: Sequence[int] | Tensor) -> ScalingTensor:
-    _keeps_shape(source, size.shape if isinstance(size, Tensor) else size)
+    shape = size.shape if isinstance(size, Tensor) else size
+    if source.shard and list(shape) == [-1]:  # fully_shard keeps its padded shard flat
+        return _like(source, source.payload.view(-1), source.scale_inv)
+    _keeps_shape(source, shape)
     return _detach(source)
 
 
@@ -68,8 +72,11 @@ def _clone(source: ScalingTensor, memory_format: Any = None) -> ScalingTensor:
 
 @_defines(aten._to_copy.default)
 def _to_copy(source: ScalingTensor, dtype: Any = None, device: Any = None, **_: Any) -> ScalingTensor:
-    payload, scale_inv = source.payload.to(device, copy=True), source.scale_inv.to(device, copy=True)
-    return _carry_gemm(source, _like(source, payload, scale_inv, dtype))
+    whole = (source.payload if source.padded is None else source.padded).to(device, copy=True)
+    payload = whole if source.padded is None else whole[: source.shape[0]]
+    made = _carry_gemm(source, _like(source, payload, source.scale_inv.to(device, copy=True), dtype))
+    made.padded, made._marks = None if source.padded is None else whole, dict(source._marks)
+    return made
 
 
 @_defines(aten.empty_like.default, aten.zeros_like.default)
@@ -101,6 +108,7 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
     if same and source.shape == target.shape:
         target.payload.copy_(source.payload)  # type: ignore[attr-defined]
         target.scale_inv.copy_(source.scale_inv)  # type: ignore[attr-defined]
+        target.agreed = source.agreed  # type: ignore[attr-defined]
         target.drop_casts()
         return target
     values = real(source).to(target.device).expand(target.shape)
@@ -111,6 +119,7 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
 def _zero_(target: ScalingTensor) -> ScalingTensor:
     target.payload.zero_()
     target.scale_inv.fill_(1.0)
+    target.agreed = False
     target.drop_casts()
     return target
 
@@ -135,6 +144,7 @@ for _name in ("normal_", "uniform_", "exponential_", "log_normal_", "cauchy_"): 
 @_defines(aten.mul_.Tensor, aten.mul_.Scalar)
 def _mul_(target: ScalingTensor, factor: Any) -> ScalingTensor:
     target.scale_inv.mul_(_scalar(factor, "mul_"))
+    target.agreed = False
     target.drop_casts()
     return target
 
@@ -142,6 +152,7 @@ def _mul_(target: ScalingTensor, factor: Any) -> ScalingTensor:
 @_defines(aten.div_.Tensor, aten.div_.Scalar)
 def _div_(target: ScalingTensor, divisor: Any) -> ScalingTensor:
     target.scale_inv.div_(_scalar(divisor, "div_"))
+    target.agreed = False
     target.drop_casts()
     return target
 

@@ -11,6 +11,7 @@ below are all it defines. Any other raises: to turn a tensor back into plain num
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from msamp_like import kernels
-from msamp_like.formats import WHOLE, Block, Format, format_of, grid_shape
+from msamp_like.formats import WHOLE, Block, Format, block_extent, format_of, grid_shape
 from msamp_like.kernels import Noise, Operand
 
 aten = torch.ops.aten
@@ -37,6 +38,10 @@ class ScalingTensor(torch.Tensor):
     give back, never what is stored. ``gemm`` is set on weights by the conversion and is None everywhere else.
     ``scattered`` is set on a gradient that is one of a set, or a part of one, whose rest lies on other ranks: a norm of
     those that are here means nothing, and asking for one raises.
+
+    A tensor may be one rank's shard of a weight (FSDP2). ``padded`` is then the payload with the rows of zeros that
+    make all shards equally long, where there are any; ``agreed`` says that all shards have the same scale, which lets
+    the gathered weight have one. Whoever makes the scales agree sets it; a write with a scale of its own takes it away.
     """
 
     payload: Tensor
@@ -44,6 +49,8 @@ class ScalingTensor(torch.Tensor):
     block: Block
     gemm: Gemm | None
     scattered: bool
+    padded: Tensor | None
+    _marks: dict[str, bool]
     _casts: dict[tuple[object, ...], Operand]
 
     @staticmethod
@@ -78,6 +85,8 @@ class ScalingTensor(torch.Tensor):
         self.block = block
         self.gemm = None
         self.scattered = False
+        self.padded = None
+        self._marks = {}
         self._casts = {}
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -91,6 +100,20 @@ class ScalingTensor(torch.Tensor):
     def operand(self) -> Operand:
         """The stored tensors as kernels take them."""
         return Operand(self.payload, self.scale_inv, self.block)
+
+    @property
+    def agreed(self) -> bool:
+        """Whether this is a shard and all shards have one scale; the same of every alias of one storage."""
+        return self._marks.get("agreed", False)
+
+    @agreed.setter
+    def agreed(self, agreed: bool) -> None:
+        self._marks["agreed"] = agreed
+
+    @property
+    def shard(self) -> bool:
+        """Whether torch's ``fully_shard`` made this for a shard's rows."""
+        return self._marks.get("shard", False)
 
     @property
     def stored_bytes(self) -> int:
@@ -135,6 +158,7 @@ class ScalingTensor(torch.Tensor):
     def store_(self, value: Tensor, noise: Noise | None = None) -> ScalingTensor:
         """Overwrite with real values in the tensor's own format and blocks; ``noise`` rounds stochastically."""
         kernels.store_(Operand(self.payload, self.scale_inv, self.block, noise), value.contiguous())
+        self.agreed = False
         self.drop_casts()
         return self
 
@@ -145,6 +169,7 @@ class ScalingTensor(torch.Tensor):
     def replace_(self, other: ScalingTensor) -> ScalingTensor:
         """Hold another's storage from now on: the only way to change format or blocks in place."""
         self.payload, self.scale_inv, self.block = other.payload, other.scale_inv, other.block
+        self.padded, self._marks = other.padded, other._marks
         self._casts = {}  # not cleared: an alias may share the old ones with the old storage
         return self
 
@@ -156,6 +181,51 @@ class ScalingTensor(torch.Tensor):
 
     def is_shared(self) -> bool:
         return self.payload.is_shared()
+
+    # --- a shard of a weight: what torch's fully_shard asks of a local tensor -----------------------------------------
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], None]:
+        """What this rank sends to unshard the weight: the stored bytes and, of a format with scales, the scale.
+
+        torch also knows a signature of five arguments, under which every input must have the shape of the padded shard
+        where the rows do not divide; a scale has not.
+        """
+        if self.block != WHOLE:
+            raise NotImplementedError(
+                f"a shard that is gathered has one scale, got block {self.block}; shard a weight whose rule has one "
+                "scale for the whole tensor, as level O3 has"
+            )
+        payload = (self.payload if self.padded is None else self.padded).detach()
+        if not self.format.scaled:
+            return (payload,), None
+        return (payload.view(torch.uint8), self.scale_inv.detach()), None
+
+    def fsdp_post_all_gather(
+        self, gathered: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: ScalingTensor | None = None
+    ) -> tuple[ScalingTensor, tuple[Tensor, ...]] | None:
+        """The weight of what arrived, sharing its memory: one scale where the shards' agree, else one a shard.
+
+        Called with ``out``, the weight of the first call, it refreshes that; rows beyond the weight's own are dropped.
+        """
+        payload, block, scale_inv = gathered[0].view(self.payload.dtype), WHOLE, self.scale_inv
+        if len(gathered) > 1:
+            scales = gathered[1].view(-1, 1)
+            block = WHOLE if self.agreed else (payload.shape[0] // scales.shape[0], -1)
+            scale_inv = scales[:1] if self.agreed else scales
+        weight = ScalingTensor(payload, scale_inv, block, dtype)
+        weight.gemm = self.gemm
+        if out is None:
+            return weight, ()
+        out.replace_(weight.first_rows(out.shape[0]))
+        return None
+
+    def first_rows(self, rows: int) -> ScalingTensor:
+        """The first ``rows`` of dim 0 and their scales, in the same memory."""
+        extent = block_extent(self.shape, self.block)[0]
+        grid_rows = max(1, -(-rows * math.prod(self.shape[1:-1]) // extent))
+        made = ScalingTensor(self.payload[:rows], self.scale_inv[:grid_rows], self.block, self.dtype)
+        made.gemm = self.gemm
+        return made
 
     # --- torch ------------------------------------------------------------------------------------------------------
 
@@ -208,13 +278,14 @@ class ScalingTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in OPERATIONS:
+        implementation = OPERATIONS.get(func) or HOST_OPERATIONS.get(str(func))
+        if implementation is None:
             raise NotImplementedError(
                 f"{func} is not defined on a ScalingTensor, whose values would have to be dequantized in silence; call "
                 ".dequantize() where that is meant, or keep the module out of FP8 with "
                 "amp.initialize(..., overrides={'module.name': 'skip'})"
             )
-        return OPERATIONS[func](*args, **(kwargs or {}))
+        return implementation(*args, **(kwargs or {}))
 
     __hash__ = torch.Tensor.__hash__
 
@@ -258,3 +329,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 OPERATIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 """ATen operation -> what it does on a ScalingTensor; filled by :mod:`msamp_like.tensor.operations`, at import alone."""
+
+HOST_OPERATIONS: dict[str, Callable[..., Any]] = {}
+"""The same for operations that exist once a part of torch is imported, by name, so that nothing has to import it."""
