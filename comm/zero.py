@@ -22,6 +22,7 @@ a model whose embedding outweighs a rank's share should be split along its rows 
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ class Zero(DataParallel):
                     write(parameter, ScalingTensor(*mean, self.rule.block, parameter.dtype), bucket.scattered)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
     """Some parameters of an optimizer, neighbours in the order of its step, whose new bytes travel together."""
 
@@ -131,14 +132,23 @@ class OwnedWeights:
     """Where one optimizer's parameters are stepped, and how their new bytes reach the other ranks.
 
     The optimizer passes all its parameters in one order on every rank; as soon as it has passed the last of a part, the
-    part's bytes leave, while the next is stepped. When :meth:`finish` returns every rank holds all new weights.
+    part's bytes leave, while the next is stepped. When :meth:`finish` returns every rank holds all new weights; with
+    ``overlap_forward`` those of matrices may still be on their way, and whoever reads one first waits for its part.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], zero: Zero, part_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        zero: Zero,
+        *,
+        overlap_forward: bool = False,
+        part_bytes: int = BUCKET_BYTES,
+    ) -> None:
         self.zero = zero
+        self.overlap_forward = overlap_forward
         self._parameters = parameters
         trained = [(i, p) for i, p in enumerate(parameters) if p.requires_grad]
-        sizes = [(p.device, sum(t.nbytes for t in _stored(p))) for _, p in trained]
+        sizes = [((p.device, _format(p)), sum(t.nbytes for t in _stored(p))) for _, p in trained]
         self._parts = [
             _Part(
                 parameters=[trained[m][1] for m in members],
@@ -149,6 +159,8 @@ class OwnedWeights:
         ]
         self._launched = 0
         self._running: list[tuple[_Part, Tensor, Pending]] = []
+        # a wait, and the writes behind it, belong to no compiled graph
+        self._arrived = torch.compiler.disable(self._receive_part) if overlap_forward else self._receive_part
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether this rank steps the parameter."""
@@ -156,6 +168,8 @@ class OwnedWeights:
 
     def passed(self, position: int) -> None:
         """The optimizer has stepped, or left out, its parameter number ``position``."""
+        if not self._launched:
+            self._receive_all()  # what nobody has read since the last step
         while self._launched < len(self._parts) and self._parts[self._launched].last <= position:
             self._launch(self._parts[self._launched])
             self._launched += 1
@@ -183,10 +197,28 @@ class OwnedWeights:
         return gathered
 
     def finish(self) -> None:
-        """Wait until the new weights of all parts are here."""
-        while self._running:
-            self._receive(*self._running.pop(0))
+        """Every rank has all new weights, or knows what to wait for."""
         self._launched = 0
+        if not self.overlap_forward:
+            self._receive_all()
+            return
+        for part, _, _ in list(self._running):
+            for parameter in part.parameters:
+                if not isinstance(parameter, ScalingTensor):
+                    self._receive_part(part)
+                    break
+                parameter.arrival = functools.partial(self._arrived, part)
+
+    def _receive_all(self) -> None:
+        for part, _, _ in list(self._running):
+            self._receive_part(part)
+
+    def _receive_part(self, part: _Part) -> None:
+        """The new weights of one part are here."""
+        for position, running in enumerate(self._running):
+            if running[0] is part:
+                self._receive(*self._running.pop(position))
+                return
 
     def _launch(self, part: _Part) -> None:
         group, label = self.zero.group, f"comm/weights{self._launched}"
@@ -195,10 +227,13 @@ class OwnedWeights:
             own = [t.view(-1).view(torch.uint8) for t in part.stored(group.rank)]
             sent = torch.cat(own) if own else torch.empty(0, dtype=torch.uint8, device=part.parameters[0].device)
             self._running.append((part, *group.all_gather(sent, sizes, label)))
-        if len(self._running) > 2:  # what has arrived meanwhile; the two newest go on travelling
+        if len(self._running) > 2 and not self.overlap_forward:  # the two newest go on travelling
             self._receive(*self._running.pop(0))
 
     def _receive(self, part: _Part, gathered: Tensor, work: Pending) -> None:
+        for parameter in part.parameters:
+            if isinstance(parameter, ScalingTensor):
+                parameter.arrival = None
         work.wait()
         offset = 0
         for rank in range(self.zero.world):
@@ -228,3 +263,8 @@ def _stored(parameter: Tensor) -> tuple[Tensor, ...]:
     if isinstance(parameter, ScalingTensor):
         return parameter.payload, parameter.scale_inv
     return (parameter.detach(),)
+
+
+def _format(parameter: Tensor) -> str:
+    """What travels together is of one kind, so that a ledger tells them apart."""
+    return parameter.format.name if isinstance(parameter, ScalingTensor) else str(parameter.dtype)

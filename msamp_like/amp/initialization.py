@@ -40,6 +40,7 @@ def initialize(
     overrides: Mapping[str, str] | None = None,
     mesh: DeviceMesh | None = None,
     zero_stage: int | None = None,
+    overlap_forward: bool = False,
     data_parallel: bool = True,
     process_group: dist.ProcessGroup | None = None,
     seed: int = 0,
@@ -55,7 +56,9 @@ def initialize(
     Where a process group of more than one rank is initialised the model becomes data-parallel over it, or over
     ``process_group``, unless ``data_parallel=False``. ``mesh`` says instead which ranks are data-parallel ("dp"),
     tensor-parallel ("tp") and pipeline stages ("pp"). ``zero_stage`` 1 or 2 gives every parameter one owner among its
-    data-parallel ranks (:mod:`msamp_like.comm.zero`), 0 none; None is the level's own: 1 at O3.
+    data-parallel ranks (:mod:`msamp_like.comm.zero`), 0 none; None is the level's own: 1 at O3. With
+    ``overlap_forward`` new weights may arrive while the next forward runs, layer by layer; a step then returns before
+    they are here, and whatever reads a weight waits for it.
 
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
     override or mesh axis, a model that is converted already or has nothing to convert, an optimizer that cannot be
@@ -80,7 +83,7 @@ def initialize(
     adopt_class(model, wiring)
     wiring.round_gradients(originals, scattered=_split_parameters(model))
     _reduce_together(model, wiring)
-    optimizers = [_optimizer(source, wiring, originals, seed) for source in sources]
+    optimizers = [_optimizer(source, wiring, originals, seed, overlap_forward) for source in sources]
     _roll_with(model, optimizers, wiring)
     axes.end_step()  # what made the ranks alike is no part of the first step
     return model, optimizers if several else optimizers[0] if optimizers else None
@@ -157,10 +160,16 @@ def _reduce_together(model: nn.Module, wiring: Wiring) -> None:
 
 
 def _optimizer(
-    source: torch.optim.Optimizer, wiring: Wiring, originals: Mapping[Tensor, Tensor], seed: int
+    source: torch.optim.Optimizer,
+    wiring: Wiring,
+    originals: Mapping[Tensor, Tensor],
+    seed: int,
+    overlap_forward: bool,
 ) -> LowPrecisionOptimizer:
     parameters = [p for group in source.param_groups for p in group["params"]]
-    placement = OwnedWeights(parameters, wiring.reducer) if isinstance(wiring.reducer, Zero) else None
+    placement = None
+    if isinstance(wiring.reducer, Zero):
+        placement = OwnedWeights(parameters, wiring.reducer, overlap_forward=overlap_forward)
     made = from_torch(source, wiring.policy, originals, seed, placement)
     wiring.placements.append(placement)
     if wiring.norms is not None:

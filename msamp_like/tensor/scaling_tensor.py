@@ -37,7 +37,8 @@ class ScalingTensor(torch.Tensor):
     The outer ``dtype`` is the one that the user's tensor had; it decides what ``dequantize()`` and mixed arithmetic
     give back, never what is stored. ``gemm`` is set on weights by the conversion and is None everywhere else.
     ``scattered`` is set on a gradient that is one of a set, or a part of one, whose rest lies on other ranks: a norm of
-    those that are here means nothing, and asking for one raises.
+    those that are here means nothing, and asking for one raises. ``arrival`` is set while the values are on their way
+    from the rank that owns them: every operation calls it first, and it returns when they are here.
 
     A tensor may be one rank's shard of a weight (FSDP2). ``padded`` is then the payload with the rows of zeros that
     make all shards equally long, where there are any; ``agreed`` says that all shards have the same scale, which lets
@@ -49,6 +50,7 @@ class ScalingTensor(torch.Tensor):
     block: Block
     gemm: Gemm | None
     scattered: bool
+    arrival: Callable[[], None] | None
     padded: Tensor | None
     _marks: dict[str, bool]
     _casts: dict[tuple[object, ...], Operand]
@@ -85,6 +87,7 @@ class ScalingTensor(torch.Tensor):
         self.block = block
         self.gemm = None
         self.scattered = False
+        self.arrival = None
         self.padded = None
         self._marks = {}
         self._casts = {}
@@ -99,6 +102,7 @@ class ScalingTensor(torch.Tensor):
     @property
     def operand(self) -> Operand:
         """The stored tensors as kernels take them."""
+        self.await_arrival()
         return Operand(self.payload, self.scale_inv, self.block)
 
     @property
@@ -126,8 +130,14 @@ class ScalingTensor(torch.Tensor):
         copies = [c for c in self._casts.values() if c.payload is not self.payload]
         return sum(c.payload.nbytes + c.scale_inv.nbytes for c in copies)
 
+    def await_arrival(self) -> None:
+        """Return when the values are here; what reads the payload without an operation of this class calls it."""
+        if self.arrival is not None:
+            self.arrival()
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The real values as a plain tensor, in the outer dtype unless another is asked for."""
+        self.await_arrival()
         return kernels.dequantize(self.payload, self.scale_inv, self.block, dtype or self.dtype)
 
     def cast(self, format: Format, block: Block = WHOLE, margin: int = 0, power_of_two: bool = True) -> Operand:
@@ -135,6 +145,7 @@ class ScalingTensor(torch.Tensor):
 
         The compute copy of a weight: made once an optimizer step, whatever the number of micro-batches.
         """
+        self.await_arrival()
         if torch.compiler.is_compiling():
             return self._made(format, block, margin, power_of_two)  # a traced copy belongs to its graph
         key = (format.name, block, margin, power_of_two)
@@ -157,6 +168,7 @@ class ScalingTensor(torch.Tensor):
 
     def store_(self, value: Tensor, noise: Noise | None = None) -> ScalingTensor:
         """Overwrite with real values in the tensor's own format and blocks; ``noise`` rounds stochastically."""
+        self.await_arrival()
         kernels.store_(Operand(self.payload, self.scale_inv, self.block, noise), value.contiguous())
         self.agreed = False
         self.drop_casts()
@@ -168,6 +180,7 @@ class ScalingTensor(torch.Tensor):
 
     def replace_(self, other: ScalingTensor) -> ScalingTensor:
         """Hold another's storage from now on: the only way to change format or blocks in place."""
+        self.await_arrival()
         self.payload, self.scale_inv, self.block = other.payload, other.scale_inv, other.block
         self.padded, self._marks = other.padded, other._marks
         self._casts = {}  # not cleared: an alias may share the old ones with the old storage
@@ -246,6 +259,7 @@ class ScalingTensor(torch.Tensor):
         return ScalingTensor(inner["payload"], inner["scale_inv"], *context)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        self.await_arrival()
         is_parameter = isinstance(self, torch.nn.Parameter)
         arguments = (self.payload, self.scale_inv, self.block, self.dtype, self.requires_grad, is_parameter)
         return rebuild, arguments
@@ -255,6 +269,7 @@ class ScalingTensor(torch.Tensor):
             return memo[id(self)]  # type: ignore[no-any-return]
         if not self.is_leaf:
             raise RuntimeError("only a leaf of the autograd graph can be deep-copied, got a result; detach() it first")
+        self.await_arrival()
         is_parameter = isinstance(self, torch.nn.Parameter)
         inner = (self.payload.detach().clone(), self.scale_inv.detach().clone())
         new = rebuild(*inner, self.block, self.dtype, self.requires_grad, is_parameter)
@@ -285,6 +300,10 @@ class ScalingTensor(torch.Tensor):
                 ".dequantize() where that is meant, or keep the module out of FP8 with "
                 "amp.initialize(..., overrides={'module.name': 'skip'})"
             )
+        for argument in args:
+            for tensor in argument if isinstance(argument, list | tuple) else (argument,):
+                if isinstance(tensor, ScalingTensor):
+                    tensor.await_arrival()
         return implementation(*args, **(kwargs or {}))
 
     __hash__ = torch.Tensor.__hash__

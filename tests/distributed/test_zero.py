@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import random
 
@@ -214,6 +215,42 @@ def test_a_saved_state_goes_on_bit_for_bit_at_any_stage(ranks, later):
         assert all(torch.equal(expected[n], found[n]) for n in expected)
     owned = [states for _, states in answers]
     assert len(set(owned)) == 1 if later == 0 else sum(owned) == max(sum(owned), 1) and max(owned) < sum(owned)
+
+
+def overlapped(rank, world, group, way):
+    """Five steps with weights that arrive during the next forward, and five without, read in several ways between."""
+    found, pending = [], []
+    for overlap in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.LayerNorm(64))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model, optimizer = amp.initialize(model, optimizer, level="O3", overlap_forward=overlap)
+        if way == "compiled":
+            model[2].compile(backend="aot_eager")
+        seen = []
+        for step in range(5):
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(10 * step + rank))
+            seen.append(model(x).square().mean())
+            (seen[-1] + (model(x) * x).mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pending.append(any(getattr(p, "arrival", None) is not None for p in model.parameters()))
+            if way == "state dict":
+                seen += [v.dequantize().sum() for v in model.state_dict().values() if isinstance(v, ScalingTensor)]
+            if way == "copied":
+                seen += [real(p).sum() for p in copy.deepcopy(model).parameters()]
+            if way == "saved":
+                seen.append(torch.tensor(len(amp.state_dict(model, optimizer)["optimizers"][0]["state"])))
+        found.append(torch.stack([*(s.detach() for s in seen), *(real(p).detach().sum() for p in model.parameters())]))
+    torch._dynamo.reset()
+    return torch.equal(*found), any(pending[:5]), any(pending[5:])
+
+
+@pytest.mark.parametrize("way", ["forward", "compiled", "state dict", "copied", "saved"])
+def test_weights_that_arrive_during_the_next_forward_are_waited_for(ranks, way):
+    """Whoever reads first: the same bits as when the step waits, and the negative control that it does not."""
+    for same, waits, pending in ranks(2, overlapped, way):
+        assert (same, waits, pending) == (True, False, True)
 
 
 # --- decisions of all ------------------------------------------------------------------------------------------------
