@@ -57,6 +57,43 @@ def _wire(r: Result) -> list[tuple[str, str, str]]:
     ]
 
 
+def _zero(r: Result) -> list[tuple[str, str, str]]:
+    rows = {name: row for name, row in r["rows"].items() if "O3, world 4" in name}
+    stages = {stage: [row for name, row in rows.items() if name.endswith(f"stage {stage}")] for stage in (1, 2)}
+    held = ", ".join(f"{max(row['bytes_per_parameter'] for row in found):.2f}" for found in stages.values())
+    shares = [row["wire_share_of_bf16_fp32"] for name, row in r["rows"].items() if ", O3," in name]
+    return [
+        (
+            "O3, world 4, ZeRO stage 1, 2: bytes of state per parameter on the fullest rank, matrices in FP8",
+            "at most 3.25, 2.50, plus 3 %",
+            held,
+        ),
+        (
+            "O3: weight and gradient bytes of a step over a BF16 gather and an FP32 scatter",
+            f"at most {r['targets']['wire_share_of_bf16_fp32']}",
+            f"{max(shares):.3f}",
+        ),
+    ]
+
+
+def _sequence(r: Result) -> list[tuple[str, str, str]]:
+    shares = ", ".join(f"{row['O3_share']:.3f}" for row in r["worlds"].values())
+    return [(f"sequence-parallel activation bytes over BF16, world {', '.join(r['worlds'])}", "at most 0.52", shares)]
+
+
+def _reduction(r: Result) -> list[tuple[str, str, str]]:
+    cells = [world for kind in ("normal", "student_t") for world in r["sqnr_db"][kind]["whole tensor"].values()]
+    low, high = (f"{limit(cell['all_reduce'] for cell in cells):.1f}" for limit in (min, max))
+    ring = r["sqnr_db"]["normal"]["whole tensor"]["64"]["ring"]
+    return [
+        (
+            "FP8 all-reduce against the exact mean, N(0, 1) and Student-t(3), 2 to 64 ranks",
+            "at least 27 dB, flat",
+            f"{low} to {high} dB (a ring that sums in FP8: {ring:.1f} at 64)",
+        )
+    ]
+
+
 def _products(r: Result) -> list[tuple[str, str, str]]:
     found, targets = r["sqnr_db"]["whole tensor"], r["targets_db"]
     return [
@@ -135,6 +172,9 @@ ROWS: dict[str, tuple[str, Callable[[Result], list[tuple[str, str, str]]]]] = {
     "loss_gap": ("loss_gap.json", _loss_gap),
     "state": ("state.json", _state),
     "wire": ("wire.json", _wire),
+    "zero": ("zero.json", _zero),
+    "sequence_bytes": ("sequence_bytes.json", _sequence),
+    "reduction_error": ("reduction_error.json", _reduction),
     "accumulation": ("accumulation.json", _accumulation),
     "products": ("products.json", _products),
     "scales": ("scales.json", _scales),
