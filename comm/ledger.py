@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from msamp_like.comm.axes import Axes
 from msamp_like.comm.data_parallel import Bucket, DataParallel
 from msamp_like.comm.group import ring_bytes
-from msamp_like.comm.zero import OwnedWeights, Zero
+from msamp_like.comm.zero import WEIGHTS, OwnedWeights, Zero
 
 Key = tuple[str, str]
 """(collective, label)."""
@@ -71,7 +71,7 @@ def expected(reducer: DataParallel, placements: Sequence[OwnedWeights]) -> dict[
         plan |= _of_bucket(bucket, reducer)
     for placement in placements:
         for number, size in enumerate(placement.sizes):
-            plan["all_gather", f"comm/weights{number}"] = size * (reducer.world - 1)
+            plan["all_gather", f"{WEIGHTS}{number}"] = size * (reducer.world - 1)
     return plan
 
 

@@ -26,7 +26,7 @@ import functools
 import heapq
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,9 +36,12 @@ from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout, assign
 from msamp_like.comm.collectives import Steps, quantize_own, reduce_scatter_quantized
-from msamp_like.comm.data_parallel import BUCKET_BYTES, Bucket, DataParallel, pack, write
+from msamp_like.comm.data_parallel import BUCKET_BYTES, Bucket, DataParallel, Wire, pack, write
 from msamp_like.comm.group import CountedGroup, Pending
 from msamp_like.tensor import ScalingTensor
+
+WEIGHTS = "comm/weights"
+"""What the labels of new weights begin with."""
 
 
 def assign_owners(sizes: Sequence[int], world: int) -> list[int]:
@@ -69,6 +72,15 @@ class Zero(DataParallel):
         owners = assign_owners([p.numel() for p in trained], group.world)
         self._owner = {id(p): rank for p, rank in zip(trained, owners, strict=True)}
         super().__init__(named, group=group, **{**options, "scattered": trained})
+
+    @property
+    def wire(self) -> Wire:
+        """As for data parallelism, the new weights that left this rank included: both are what a step costs."""
+        weights = (
+            sum(entry.sent for entry in self.group.ledger if entry.label.startswith(WEIGHTS)) if self.world > 1 else 0
+        )
+        found = super().wire
+        return replace(found, sent=found.sent + weights)
 
     def owner(self, parameter: Tensor) -> int:
         """The rank that steps the parameter; that of a frozen one is 0 and never asked to."""
@@ -221,7 +233,7 @@ class OwnedWeights:
                 return
 
     def _launch(self, part: _Part) -> None:
-        group, label = self.zero.group, f"comm/weights{self._launched}"
+        group, label = self.zero.group, f"{WEIGHTS}{self._launched}"
         with record_function(f"{label}/all_gather"):
             sizes = [sum(t.nbytes for t in part.stored(rank)) for rank in range(group.world)]
             own = [t.view(-1).view(torch.uint8) for t in part.stored(group.rank)]

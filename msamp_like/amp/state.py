@@ -111,7 +111,8 @@ def state_bytes(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[Lo
 
 
 def wire_bytes(model: nn.Module) -> dict[str, int] | None:
-    """Bytes that the step's gradients sent from this rank, and what BF16 would have; None without data parallelism."""
+    """Bytes that a step's gradients, and new weights where ranks own them, sent from this rank, and what an all-reduce
+    of the gradients in BF16 would have; ``fp8_*`` are the FP8 gradients of these. None without data parallelism."""
     reducer = wiring_of(model).reducer
     if reducer is None:
         return None
