@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from msamp_like.comm.axes import Axes
-from msamp_like.comm.data_parallel import Bucket, DataParallel
+from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.group import ring_bytes
+from msamp_like.comm.reduction import Bucket
 from msamp_like.comm.zero import OwnedWeights, Zero
 
 Key = tuple[str, str]

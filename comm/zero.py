@@ -35,8 +35,9 @@ from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout, assign
 from msamp_like.comm.collectives import Steps, quantize_own, reduce_scatter_quantized
-from msamp_like.comm.data_parallel import BUCKET_BYTES, Bucket, DataParallel, pack, write
+from msamp_like.comm.data_parallel import BUCKET_BYTES, DataParallel
 from msamp_like.comm.group import CountedGroup, Pending
+from msamp_like.comm.reduction import Bucket, pack, write
 from msamp_like.tensor import ScalingTensor
 
 
