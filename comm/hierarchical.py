@@ -127,7 +127,7 @@ class _TwoHops(Pending):
     """The first hop under way, and what follows it."""
 
     def __init__(self, first: Pending, forward: Callable[[], None]) -> None:
-        super().__init__(first.work, first.what)
+        super().__init__(first.work, first.what, first.group)
         self._forward: Callable[[], None] | None = forward
 
     def wait(self) -> None:
@@ -180,7 +180,8 @@ class NodeSums:
         self.between = between or Rule(format=BF16)
         self.grid = group.grid(layout.line_splits)
         shapes = [slot.shape for slot in layout.slots]
-        every = Layout(shapes, rule.block, 1, 0).scale_index.to(torch.int32)  # of one rank, so of all lines
+        whole = Layout(shapes, rule.block, 1, 0)  # of one rank, so of all lines
+        every = (whole.scale_index + whole.own_scales.start).to(torch.int32)
         lines = sum(layout.line_splits)
         padded = torch.nn.functional.pad(every, (0, max(0, lines - len(every))), value=max(0, layout.num_scales - 1))
         self.scale_of_line = padded[:lines].to(layout.scale_index.device)
