@@ -6,10 +6,11 @@ every rank issues the same collectives in the same order whatever its own timing
 backward. A parameter that the loss did not touch on this rank counts as zero in the mean; one that it touched on none
 keeps the ``.grad`` it had.
 
-Matrices whose rule has a scale travel in that format (see :mod:`.collectives`); the others, and plain parameters, in an
-ordinary all-reduce in their own dtype. A gradient that is neither sent nor zeroed is added to, as with torch's
-DistributedDataParallel: after ``no_sync()`` the sum of the micro-batches is sent, rounded once; a second ``backward()``
-without ``zero_grad()`` reduces the sum of the last mean and the new gradient.
+Matrices whose rule has a scale travel in that format (see :mod:`.collectives`), and where nodes are told of in two hops
+(:mod:`.hierarchical`); the others, and plain parameters, in an ordinary all-reduce in their own dtype. A gradient that
+is neither sent nor zeroed is added to, as with torch's DistributedDataParallel: after ``no_sync()`` the sum of the
+micro-batches is sent, rounded once; a second ``backward()`` without ``zero_grad()`` reduces the sum of the last mean
+and the new gradient.
 
 Left out, against torch's DistributedDataParallel: parameters and buffers are the caller's to make equal before (see
 :func:`.collectives.replicate`), and a rank that has run out of data has to be given some. A rank whose loss reaches no
@@ -29,6 +30,7 @@ from torch import Tensor
 from msamp_like.comm.buckets import Layout, assign
 from msamp_like.comm.collectives import Steps
 from msamp_like.comm.group import CountedGroup, ring_bytes
+from msamp_like.comm.hierarchical import NodeSums, TwoLevelGroup
 from msamp_like.comm.reduction import Bucket, add, reduce_plain, reduce_scaled, sum_partial
 from msamp_like.formats import BF16
 from msamp_like.policy import Rule
@@ -57,6 +59,8 @@ class DataParallel:
     All ranks pass the same named parameters with the same values. ``partial`` are those whose gradient is a part of a
     sum over ``tensor_group`` too (norms on a shard of the sequence), ``scattered`` those split over it. With one rank
     and nothing partial it does nothing.
+    Over a :class:`.TwoLevelGroup`, ``between`` is the rule of the sums that nodes send each other instead of each
+    rank's codes (:class:`.NodeSums`); None forwards the codes. Plain buckets go in one all-reduce over all either way.
     ``wire`` tells what a step's gradients sent, ``backwards`` counts the reduced ones.
 
     A sum must not be summed again: where a reduction is more than a mean of equal addends (``_sets_aside``), an earlier
@@ -72,12 +76,14 @@ class DataParallel:
         partial: Iterable[Tensor] = (),
         tensor_group: CountedGroup | None = None,
         scattered: Iterable[Tensor] = (),
+        between: Rule | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         _check_settings(rule, bucket_bytes)
         self.rule = rule
         self._group = group
         self.tensor_group = tensor_group
+        self.between = between
         self.world = 1 if group is None else group.world
         named = {id(p): (name, p) for name, p in reversed(list(parameters))}  # a tied parameter once, by its first name
         named_parameters = list(named.values())[::-1]
@@ -144,6 +150,7 @@ class DataParallel:
                     partial=partial,
                     scattered=scattered,
                     layout=layout,
+                    sums=self._sums(layout),
                 )
             )
             for position in members:
@@ -155,6 +162,16 @@ class DataParallel:
         if not scaled or self.world == 1:
             return members, None
         return members, Layout(shapes, self.rule.block, self.world, self.group.rank, device)
+
+    def _sums(self, layout: Layout | None) -> NodeSums | None:
+        if layout is None or self.between is None:
+            return None
+        if not isinstance(self.group, TwoLevelGroup):
+            raise ValueError(
+                f"sums between nodes need a group that knows its nodes, got {self.group} and between="
+                f"{self.between.format}; make the group with two_level(), or leave between out"
+            )
+        return NodeSums(layout, self.rule, self.group, self.between)
 
     # --- during backward --------------------------------------------------------------------------------------------
 
@@ -261,8 +278,8 @@ class DataParallel:
         scaled = {bucket.name for bucket in self._buckets if bucket.layout is not None}
         plain = {bucket.name for bucket in self._buckets} - scaled
         sizes = {bucket.name: ring_bytes(bucket.num_elements * BF16.bytes, self.world) for bucket in self._buckets}
-        first = ("all_to_all", "all_reduce")  # the collective that a bucket's reduction starts with
-        bf16 = [(e.label, e.calls * sizes.get(e.label, 0)) for e in self.group.ledger if e.collective in first]
+        calls = {entry.label: entry.calls for entry in self.group.ledger}  # as often in each hop and half of a bucket
+        bf16 = [(name, calls.get(name, 0) * size) for name, size in sizes.items()]
         fp8_sent = self.group.sent_under(scaled)
         return Wire(
             sent=fp8_sent + self.group.sent_under(plain),

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout
-from msamp_like.comm.collectives import Steps, all_reduce_quantized, stored_as
+from msamp_like.comm.collectives import Steps, all_gather_quantized, reduce_scatter_quantized, stored_as
 from msamp_like.comm.group import CountedGroup
+from msamp_like.comm.hierarchical import NodeSums
 from msamp_like.formats import BF16
 from msamp_like.policy import Rule
 from msamp_like.tensor import ScalingTensor, real, unscaled
@@ -26,7 +27,8 @@ class Bucket:
     """Parameters that travel together, as codes and scales with a ``layout``, as plain ``dtype`` without one.
 
     ``partial`` says that one rank's gradient is a part of a sum over the tensor-parallel ranks, not only over samples;
-    ``scattered`` that other ranks hold what belongs to it (see :class:`.ScalingTensor`).
+    ``scattered`` that other ranks hold what belongs to it (see :class:`.ScalingTensor`). With ``sums`` the codes of a
+    layout are summed inside each node before they go to other nodes.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Bucket:
     partial: bool
     scattered: bool
     layout: Layout | None
+    sums: NodeSums | None = None
 
     @property
     def num_elements(self) -> int:
@@ -49,10 +52,19 @@ def pack(bucket: Bucket, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
         return layout.pack(grads, rule.format, bucket.device)
 
 
+def mean_of_shard(
+    bucket: Bucket, layout: Layout, packed: tuple[Tensor, Tensor], group: CountedGroup
+) -> Steps[tuple[Tensor, Tensor]]:
+    """The FP32 mean of this rank's shard of packed gradients, and which of its scales any rank sent."""
+    if bucket.sums is not None:
+        return bucket.sums.reduce_scatter(*packed, bucket.name)
+    return reduce_scatter_quantized(*packed, layout, group, bucket.name)
+
+
 def reduce_scaled(bucket: Bucket, layout: Layout, rule: Rule, group: CountedGroup) -> Steps[None]:
     """Gradients as they are stored, or rounded once here; a scale of 0 stands for no gradient on this rank."""
-    packed = pack(bucket, layout, rule)
-    payload, scale_inv, present = yield from all_reduce_quantized(*packed, layout, rule, group, bucket.name)
+    shard = yield from mean_of_shard(bucket, layout, pack(bucket, layout, rule), group)
+    payload, scale_inv, present = yield from all_gather_quantized(*shard, layout, rule, group, bucket.name)
     with record_function(f"{bucket.name}/write"):
         means = zip(bucket.parameters, layout.slots, layout.unpack(payload, scale_inv), strict=True)
         for parameter, slot, mean in means:
