@@ -69,7 +69,7 @@ class Axes:
         return [group for group in (self.data, self.tensor, self.pipeline) if group is not None]
 
     def __str__(self) -> str:
-        return " x ".join(f"{group.axis} {group.world}" for group in self.groups) or "one rank"
+        return " x ".join(map(str, self.groups)) or "one rank"
 
     def end_step(self) -> None:
         """The ledgers show this step until the next collective."""

@@ -6,10 +6,11 @@ every rank issues the same collectives in the same order whatever its own timing
 backward. A parameter that the loss did not touch on this rank counts as zero in the mean; one that it touched on none
 keeps the ``.grad`` it had.
 
-Matrices whose rule has a scale travel in that format (see :mod:`.collectives`); the others, and plain parameters, in an
-ordinary all-reduce in their own dtype. A gradient that is neither sent nor zeroed is added to, as with torch's
-DistributedDataParallel: after ``no_sync()`` the sum of the micro-batches is sent, rounded once; a second ``backward()``
-without ``zero_grad()`` reduces the sum of the last mean and the new gradient.
+Matrices whose rule has a scale travel in that format (see :mod:`.collectives`), and where nodes are told of in two hops
+(:mod:`.hierarchical`); the others, and plain parameters, in an ordinary all-reduce in their own dtype. A gradient that
+is neither sent nor zeroed is added to, as with torch's DistributedDataParallel: after ``no_sync()`` the sum of the
+micro-batches is sent, rounded once; a second ``backward()`` without ``zero_grad()`` reduces the sum of the last mean
+and the new gradient.
 
 Left out, against torch's DistributedDataParallel: parameters and buffers are the caller's to make equal before (see
 :func:`.collectives.replicate`), and a rank that has run out of data has to be given some. A rank whose loss reaches no
@@ -24,16 +25,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout, assign
-from msamp_like.comm.collectives import Steps, all_reduce_quantized, stored_as
+from msamp_like.comm.collectives import Steps
 from msamp_like.comm.group import CountedGroup, ring_bytes
+from msamp_like.comm.hierarchical import NodeSums, TwoLevelGroup
+from msamp_like.comm.reduction import Bucket, add, reduce_plain, reduce_scaled, sum_partial
 from msamp_like.formats import BF16
 from msamp_like.policy import Rule
-from msamp_like.tensor import ScalingTensor, real, unscaled
+from msamp_like.tensor import ScalingTensor
 
 BUCKET_BYTES = 8 << 20
 """As many FP8 gradients as fill torch DDP's default bucket of 25 MiB in FP32, about."""
@@ -52,33 +53,14 @@ class Wire:
     fp8_bf16: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """Parameters that travel together, as codes and scales with a ``layout``, as plain ``dtype`` without one.
-
-    ``partial`` says that one rank's gradient is a part of a sum over the tensor-parallel ranks, not only over samples;
-    ``scattered`` that other ranks hold what belongs to it (see :class:`.ScalingTensor`).
-    """
-
-    name: str
-    parameters: Sequence[Tensor]
-    dtype: torch.dtype
-    device: torch.device
-    partial: bool
-    scattered: bool
-    layout: Layout | None
-
-    @property
-    def num_elements(self) -> int:
-        return sum(p.numel() for p in self.parameters)
-
-
 class DataParallel:
     """Reduces the gradients of one model's parameters over a process group, from hooks, as ``rule`` stores gradients.
 
     All ranks pass the same named parameters with the same values. ``partial`` are those whose gradient is a part of a
     sum over ``tensor_group`` too (norms on a shard of the sequence), ``scattered`` those split over it. With one rank
     and nothing partial it does nothing.
+    Over a :class:`.TwoLevelGroup`, ``between`` is the rule of the sums that nodes send each other instead of each
+    rank's codes (:class:`.NodeSums`); None forwards the codes. Plain buckets go in one all-reduce over all either way.
     ``wire`` tells what a step's gradients sent, ``backwards`` counts the reduced ones.
 
     A sum must not be summed again: where a reduction is more than a mean of equal addends (``_sets_aside``), an earlier
@@ -94,12 +76,14 @@ class DataParallel:
         partial: Iterable[Tensor] = (),
         tensor_group: CountedGroup | None = None,
         scattered: Iterable[Tensor] = (),
+        between: Rule | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         _check_settings(rule, bucket_bytes)
         self.rule = rule
         self._group = group
         self.tensor_group = tensor_group
+        self.between = between
         self.world = 1 if group is None else group.world
         named = {id(p): (name, p) for name, p in reversed(list(parameters))}  # a tied parameter once, by its first name
         named_parameters = list(named.values())[::-1]
@@ -166,6 +150,7 @@ class DataParallel:
                     partial=partial,
                     scattered=scattered,
                     layout=layout,
+                    sums=self._sums(layout),
                 )
             )
             for position in members:
@@ -177,6 +162,16 @@ class DataParallel:
         if not scaled or self.world == 1:
             return members, None
         return members, Layout(shapes, self.rule.block, self.world, self.group.rank, device)
+
+    def _sums(self, layout: Layout | None) -> NodeSums | None:
+        if layout is None or self.between is None:
+            return None
+        if not isinstance(self.group, TwoLevelGroup):
+            raise ValueError(
+                f"sums between nodes need a group that knows its nodes, got {self.group} and between="
+                f"{self.between.format}; make the group with two_level(), or leave between out"
+            )
+        return NodeSums(layout, self.rule, self.group, self.between)
 
     # --- during backward --------------------------------------------------------------------------------------------
 
@@ -247,19 +242,19 @@ class DataParallel:
         for parameter in apart:  # those that this backward did not reach have not been asked yet
             self._set_aside(parameter)
         if bucket.partial and self.tensor_group is not None:
-            yield from _sum_partial(bucket, self.tensor_group)
+            yield from sum_partial(bucket, self.tensor_group)
         if self.world > 1:
             yield from self._mean(bucket)
         for parameter in apart:
             earlier = self._aside.pop(id(parameter), None)
             if earlier is not None:
-                parameter.grad = earlier if parameter.grad is None else _sum(earlier, parameter.grad)
+                parameter.grad = earlier if parameter.grad is None else add(earlier, parameter.grad)
             self._reduced.add(id(parameter))
 
     def _mean(self, bucket: Bucket) -> Steps[None]:
         if bucket.layout is not None:
-            return _reduce_scaled(bucket, bucket.layout, self.rule, self.group)
-        return _reduce_plain(bucket, self.group)
+            return reduce_scaled(bucket, bucket.layout, self.rule, self.group)
+        return reduce_plain(bucket, self.group)
 
     # --- for the caller ---------------------------------------------------------------------------------------------
 
@@ -283,8 +278,8 @@ class DataParallel:
         scaled = {bucket.name for bucket in self._buckets if bucket.layout is not None}
         plain = {bucket.name for bucket in self._buckets} - scaled
         sizes = {bucket.name: ring_bytes(bucket.num_elements * BF16.bytes, self.world) for bucket in self._buckets}
-        first = ("all_to_all", "all_reduce")  # the collective that a bucket's reduction starts with
-        bf16 = [(e.label, e.calls * sizes.get(e.label, 0)) for e in self.group.ledger if e.collective in first]
+        calls = {entry.label: entry.calls for entry in self.group.ledger}  # as often in each hop and half of a bucket
+        bf16 = [(name, calls.get(name, 0) * size) for name, size in sizes.items()]
         fp8_sent = self.group.sent_under(scaled)
         return Wire(
             sent=fp8_sent + self.group.sent_under(plain),
@@ -318,82 +313,3 @@ def _check_settings(rule: Rule, bucket_bytes: int) -> None:
             f"gradients are rounded to nearest when they are sent, got a rule with rounding={rule.rounding!r}; "
             "use Rule(..., rounding='nearest') for Role.GRAD_WEIGHT"
         )
-
-
-# --- one bucket -----------------------------------------------------------------------------------------------------
-
-
-def pack(bucket: Bucket, layout: Layout, rule: Rule) -> tuple[Tensor, Tensor]:
-    """The gradients of a bucket as they are sent: as stored already, or rounded once here; (codes, scales)."""
-    with record_function(f"{bucket.name}/pack"):
-        grads = [None if p.grad is None else stored_as(p.grad, rule) for p in bucket.parameters]
-        return layout.pack(grads, rule.format, bucket.device)
-
-
-def _reduce_scaled(bucket: Bucket, layout: Layout, rule: Rule, group: CountedGroup) -> Steps[None]:
-    """Gradients as they are stored, or rounded once here; a scale of 0 stands for no gradient on this rank."""
-    packed = pack(bucket, layout, rule)
-    payload, scale_inv, present = yield from all_reduce_quantized(*packed, layout, rule, group, bucket.name)
-    with record_function(f"{bucket.name}/write"):
-        means = zip(bucket.parameters, layout.slots, layout.unpack(payload, scale_inv), strict=True)
-        for parameter, slot, mean in means:
-            if parameter.grad is not None or bool(present[slot.first_scale]):  # reads the device for a missing one only
-                write(parameter, ScalingTensor(*mean, rule.block, parameter.dtype), bucket.scattered)
-
-
-def _reduce_plain(bucket: Bucket, group: CountedGroup) -> Steps[None]:
-    """A sum in the bucket's dtype of what each rank divided by their number, so that nothing overflows on the way."""
-    return _all_reduce_plain(bucket, group, 1.0 / group.world, bucket.dtype, bucket.name)
-
-
-def _sum_partial(bucket: Bucket, group: CountedGroup) -> Steps[None]:
-    """The sum over the tensor-parallel ranks, in FP32: each holds the part of its own samples' tokens."""
-    return _all_reduce_plain(bucket, group, 1.0, torch.float32, f"{bucket.name}/partial")
-
-
-def _all_reduce_plain(
-    bucket: Bucket, group: CountedGroup, factor: float, dtype: torch.dtype, label: str
-) -> Steps[None]:
-    """The sum of ``factor`` times each rank's gradients; one more element a parameter says whether any rank had one."""
-    with record_function(f"{label}/all_reduce"):
-        flat = torch.zeros(bucket.num_elements + len(bucket.parameters), dtype=dtype, device=bucket.device)
-        *views, present = flat.split([*(p.numel() for p in bucket.parameters), len(bucket.parameters)])
-        for position, (parameter, view) in enumerate(zip(bucket.parameters, views, strict=True)):
-            if parameter.grad is not None:
-                if parameter.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"gradients are reduced as dense tensors, got {parameter.grad.layout}; "
-                        "build the embedding with sparse=False"
-                    )
-                view.view(parameter.shape).copy_(real(parameter.grad, dtype))
-                present[position] = 1
-        work = group.all_reduce(flat.mul_(factor), dist.ReduceOp.SUM, label)
-    yield
-    with record_function(f"{label}/write"):
-        work.wait()
-        for position, (parameter, view) in enumerate(zip(bucket.parameters, views, strict=True)):
-            if parameter.grad is not None or bool(present[position] > 0):
-                total = view.view(parameter.shape)
-                stored = isinstance(parameter, ScalingTensor)
-                write(parameter, unscaled(total, parameter.dtype) if stored else total, bucket.scattered)
-
-
-def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """Two gradients of one parameter; of stored ones the sum is BF16, and rounded once when it is stepped."""
-    if isinstance(a, ScalingTensor):
-        total = unscaled((real(a) + real(b)).to(BF16.dtype), a.dtype)
-        total.scattered = a.scattered
-        return total
-    return a + b
-
-
-def write(parameter: Tensor, mean: Tensor, scattered: bool) -> None:
-    """The mean becomes ``.grad``; a gradient that is there stays the same object, for those who hold it."""
-    if isinstance(mean, ScalingTensor):
-        mean.scattered = scattered
-    if parameter.grad is None:
-        parameter.grad = mean
-    elif isinstance(parameter.grad, ScalingTensor) and isinstance(mean, ScalingTensor):
-        parameter.grad.replace_(mean).scattered = scattered
-    else:
-        parameter.grad.copy_(mean)

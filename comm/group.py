@@ -76,6 +76,9 @@ class CountedGroup:
         self._entries: dict[tuple[str, str], Entry] = {}
         self._ended = False
 
+    def __str__(self) -> str:
+        return f"{self.axis} {self.world}"
+
     @property
     def sent(self) -> int:
         """Bytes that this rank sent in this step."""

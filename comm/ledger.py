@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from msamp_like.comm.axes import Axes
-from msamp_like.comm.data_parallel import Bucket, DataParallel
+from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.group import ring_bytes
+from msamp_like.comm.hierarchical import NodeSums
+from msamp_like.comm.reduction import Bucket
 from msamp_like.comm.zero import WEIGHTS, OwnedWeights, Zero
 
-Key = tuple[str, str]
-"""(collective, label)."""
+Key = tuple[str, str, str]
+"""(axis, collective, label)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Line:
     def __str__(self) -> str:
         planned = "unplanned" if self.expected is None else f"{self.expected:,} expected"
         return (
-            f"{self.axis:<3} {self.collective:<11} {self.label:<24} {self.calls:>5} x {self.sent:>13,} sent, {planned}"
+            f"{self.axis:<9} {self.collective:<11} {self.label:<24} {self.calls:>5} x {self.sent:>13,} sent, {planned}"
         )
 
 
@@ -45,12 +47,15 @@ def ledger(
 ) -> list[Line]:
     """Every collective of the present step, or of the last one after it; ``decisions`` says how many FP32 numbers go
     into each reduction that all ranks decide by, under its label."""
-    plan = expected(reducer, [p for p in placements if p is not None]) if reducer is not None else {}
+    plan: dict[Key, int] = {}
+    for group in axes.groups:
+        plan |= {(group.axis, "all_reduce", label): ring_bytes(4 * n, group.world) for label, n in decisions.items()}
+    if reducer is not None and axes.data is not None:
+        plan |= expected(reducer, [p for p in placements if p is not None])
     lines = []
     for group in axes.groups:
-        joint = {("all_reduce", label): ring_bytes(4 * n, group.world) for label, n in decisions.items()}
         for entry in group.ledger:
-            size = (joint | (plan if group is axes.data else {})).get((entry.collective, entry.label))
+            size = plan.get((entry.axis, entry.collective, entry.label))
             lines.append(
                 Line(
                     axis=entry.axis,
@@ -71,26 +76,45 @@ def expected(reducer: DataParallel, placements: Sequence[OwnedWeights]) -> dict[
         plan |= _of_bucket(bucket, reducer)
     for placement in placements:
         for number, size in enumerate(placement.sizes):
-            plan["all_gather", f"{WEIGHTS}{number}"] = size * (reducer.world - 1)
+            plan[reducer.group.axis, "all_gather", f"{WEIGHTS}{number}"] = size * (reducer.world - 1)
     return plan
 
 
 def _of_bucket(bucket: Bucket, reducer: DataParallel) -> dict[Key, int]:
-    name, world, layout = bucket.name, reducer.world, bucket.layout
+    name, axis, world, layout = bucket.name, reducer.group.axis, reducer.world, bucket.layout
     if layout is None:
         elements = bucket.num_elements + len(bucket.parameters)
-        return {("all_reduce", name): ring_bytes(elements * bucket.dtype.itemsize, world)}
+        return {(axis, "all_reduce", name): ring_bytes(elements * bucket.dtype.itemsize, world)}
     line_bytes = layout.width * bucket.dtype.itemsize
     own_lines = layout.line_splits[reducer.group.rank]
-    own_scales = layout.own_scales.stop - layout.own_scales.start
-    needed_scales = sum(end - start for start, end in layout.scale_ranges)
-    to_owners = {
-        ("all_to_all", name): (sum(layout.line_splits) - own_lines) * line_bytes,
-        ("all_to_all", f"{name}/scales"): (needed_scales - own_scales) * 4,
-    }
+    if bucket.sums is not None:
+        to_owners = _of_hops(name, line_bytes, bucket.sums)
+    else:
+        own_scales = layout.own_scales.stop - layout.own_scales.start
+        needed_scales = sum(end - start for start, end in layout.scale_ranges)
+        to_owners = {
+            (axis, "all_to_all", name): (sum(layout.line_splits) - own_lines) * line_bytes,
+            (axis, "all_to_all", f"{name}/scales"): (needed_scales - own_scales) * 4,
+        }
     if isinstance(reducer, Zero):
         return to_owners
     return to_owners | {
-        ("all_reduce", f"{name}/scales"): ring_bytes(4 * layout.num_scales, world),
-        ("all_gather", name): own_lines * line_bytes * (world - 1),
+        (axis, "all_reduce", f"{name}/scales"): ring_bytes(4 * layout.num_scales, world),
+        (axis, "all_gather", name): own_lines * line_bytes * (world - 1),
+    }
+
+
+def _of_hops(name: str, line_bytes: int, sums: NodeSums) -> dict[Key, int]:
+    """Inside a node every line with its scale; across, of the lines of this rank's place, the sums, and a scale or,
+    where sums have none, a byte that says whether there are any."""
+    inside, across = sums.group.hops
+    columns = [sum(column) for column in zip(*sums.grid)]
+    rows = [row[inside.rank] for row in sums.grid]
+    lines_inside, lines_across = sum(columns) - columns[inside.rank], sum(rows) - rows[across.rank]
+    between = sums.between.format
+    return {
+        (inside.axis, "all_to_all", name): lines_inside * line_bytes,
+        (inside.axis, "all_to_all", f"{name}/scales"): lines_inside * 4,
+        (across.axis, "all_to_all", name): lines_across * sums.layout.width * between.bytes,
+        (across.axis, "all_to_all", f"{name}/scales"): lines_across * (4 if between.scaled else 1),
     }

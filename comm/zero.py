@@ -35,9 +35,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout, assign
-from msamp_like.comm.collectives import Steps, quantize_own, reduce_scatter_quantized
-from msamp_like.comm.data_parallel import BUCKET_BYTES, Bucket, DataParallel, Wire, pack, write
+from msamp_like.comm.collectives import Steps, quantize_own
+from msamp_like.comm.data_parallel import BUCKET_BYTES, DataParallel, Wire
 from msamp_like.comm.group import CountedGroup, Pending
+from msamp_like.comm.reduction import Bucket, mean_of_shard, pack, write
 from msamp_like.tensor import ScalingTensor
 
 WEIGHTS = "comm/weights"
@@ -116,7 +117,7 @@ class Zero(DataParallel):
         for parameter in bucket.parameters:
             if self.owner(parameter) != self.group.rank:
                 parameter.grad = None  # it is on its way: from here on this rank holds nothing of it
-        values, present = yield from reduce_scatter_quantized(*packed, layout, self.group, bucket.name)
+        values, present = yield from mean_of_shard(bucket, layout, packed, self.group)
         with record_function(f"{bucket.name}/write"):
             means = quantize_own(values, present, layout, self.rule)
             seen = present.split([slot.num_scales for slot in layout.own_slots])

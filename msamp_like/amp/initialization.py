@@ -17,6 +17,7 @@ from msamp_like.comm.agreement import agree, versions
 from msamp_like.comm.axes import Axes, Norms
 from msamp_like.comm.collectives import replicate
 from msamp_like.comm.data_parallel import DataParallel
+from msamp_like.comm.hierarchical import PARTIAL_SUMS, TwoLevelGroup, check_nodes, two_level
 from msamp_like.comm.zero import OwnedWeights, Zero
 from msamp_like.nn import conversion
 from msamp_like.optim import LowPrecisionOptimizer, check, from_torch
@@ -43,6 +44,7 @@ def initialize(
     overlap_forward: bool = False,
     data_parallel: bool = True,
     process_group: dist.ProcessGroup | None = None,
+    ranks_per_node: int | None = None,
     seed: int = 0,
 ) -> tuple[Model, Any]:
     """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
@@ -60,9 +62,15 @@ def initialize(
     ``overlap_forward`` new weights may arrive while the next forward runs, layer by layer; a step then returns before
     they are here, and whatever reads a weight waits for it.
 
+    ``ranks_per_node`` is for data-parallel ranks on several nodes, several on each: FP8 gradients are then summed in
+    FP32 inside a node, and the sums go to the other nodes in BF16 (:mod:`msamp_like.comm.hierarchical`); None is one
+    node, every rank sends to every other. It counts the data-parallel ranks of a node, neighbours on their axis: 8 on
+    nodes of 8 GPUs, and 4 where tensor parallelism takes those in pairs.
+
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
-    override or mesh axis, a model that is converted already or has nothing to convert, an optimizer that cannot be
-    mapped or holds parameters that are not the model's, and a parameter in two optimizers.
+    override or mesh axis, ranks that do not fill their nodes, a model that is converted already or has nothing to
+    convert, an optimizer that cannot be mapped or holds parameters that are not the model's, and a parameter in two
+    optimizers.
     """
     policy = policies.resolve(level)
     policy = policy.with_recipe(recipe) if recipe is not None else policy
@@ -72,8 +80,13 @@ def initialize(
     sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     _check(model, sources, overrides or {})
     axes = _axes(model, mesh, process_group, data_parallel)
+    if ranks_per_node is not None:
+        check_nodes(ranks_per_node, axes.data.world if axes.data is not None else 1)
 
-    _agree(axes, policy, seed, next((p.device for p in model.parameters()), torch.device("cpu")))
+    settings = {"ranks_per_node": ranks_per_node, "seed": seed}
+    _agree(axes, policy, settings, next((p.device for p in model.parameters()), torch.device("cpu")))
+    if ranks_per_node is not None and axes.data is not None:
+        axes.data = two_level(ranks_per_node, axes.data.group, axes.data.axis)
     if axes.data is not None:  # before conversion: masters are made from the values that every rank starts with
         replicate([*model.named_parameters(), *model.named_buffers()], axes.data)
     plans = conversion.plan(model, policy)
@@ -89,13 +102,13 @@ def initialize(
     return model, optimizers if several else optimizers[0] if optimizers else None
 
 
-def _agree(axes: Axes, policy: Policy, seed: int, device: torch.device) -> None:
+def _agree(axes: Axes, policy: Policy, settings: Mapping[str, int | None], device: torch.device) -> None:
     """Raise ValueError on every rank unless all were started alike; their models are compared where they are copied."""
     fields: dict[str, Any] = {
         "level": policy.name,
         "policy": {line.split()[0]: line for line in str(policy).splitlines()[1:]},
         "zero_stage": policy.zero_stage,
-        "seed": seed,
+        **settings,
         "axes": str(axes),
         **versions(),
     }
@@ -148,6 +161,7 @@ def _reduce_together(model: nn.Module, wiring: Wiring) -> None:
         "group": axes.data,
         "partial": partial,
         "tensor_group": axes.tensor,
+        "between": PARTIAL_SUMS if isinstance(axes.data, TwoLevelGroup) else None,
     }
     owned = stage > 0 and axes.data is not None
     if owned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Set
 
 import pytest
 import torch
@@ -73,7 +74,8 @@ def combined(rank, world, group, dims, stage, micro_batches, way):
     """Three steps on a mesh, and the same three in one process on all data."""
     mesh = init_device_mesh("cpu", dims, mesh_dim_names=("dp", "tp"))
     model = parallelize(fresh(), mesh["tp"], plan_gpt(CONFIG), sequence=True)
-    model, optimizer = amp.initialize(model, optimizer_of(model), level="O3", mesh=mesh, zero_stage=stage)
+    options = {"mesh": mesh, "zero_stage": stage, "ranks_per_node": 2 if way == "nodes" else None}
+    model, optimizer = amp.initialize(model, optimizer_of(model), level="O3", **options)
     if way == "recomputed":
         recompute(model)
     if way == "compiled":
@@ -90,7 +92,7 @@ def combined(rank, world, group, dims, stage, micro_batches, way):
         "norms": torch.stack([norm for _, norm in figures]),
         "weights": weights,
         "report": [(row.name, row.product) for row in amp.fp8_report(model).rows],
-        "unplanned": [str(line) for line in ledger if line.axis == "dp" and line.sent != line.expected],
+        "unplanned": [str(line) for line in ledger if line.axis != "tp" and line.sent != line.expected],
         "axes": {line.axis for line in ledger},
         "states": sum(s.numel() for state in optimizer.state.values() for s in state.values() if isinstance(s, Tensor)),
     }
@@ -103,12 +105,12 @@ def combined(rank, world, group, dims, stage, micro_batches, way):
     return found
 
 
-def check(answers: list[dict[str, object]], dims: tuple[int, int]) -> None:
+def check(answers: list[dict[str, object]], hops: Set[str] = frozenset()) -> None:
     first = answers[0]
     expected, weights = first["expected"]
     for answer in answers:
         assert not answer["unplanned"]
-        assert answer["axes"] == {"dp", "tp"}
+        assert answer["axes"] == {"dp", "tp"} | hops
         assert torch.equal(answer["losses"], first["losses"])
         assert torch.equal(answer["norms"], first["norms"])
         for name, value in answer["weights"].items():
@@ -129,18 +131,21 @@ def check(answers: list[dict[str, object]], dims: tuple[int, int]) -> None:
 )
 def test_on_four_ranks_training_is_that_of_one_process(ranks, stage, micro_batches, way):
     answers = ranks(4, combined, (2, 2), stage, micro_batches, way)
-    check(answers, (2, 2))
+    check(answers)
     states = [answer["states"] for answer in answers]
     if stage:  # a rank of two has about half of the states, and the two of a tp axis the same share
         assert max(states) < 0.62 * (states[0] + states[2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", [(4, 2), pytest.param((2, 4), marks=pytest.mark.nightly)])
-def test_on_eight_ranks_training_is_that_of_one_process(dims):
+@pytest.mark.parametrize(
+    ("dims", "way"), [((4, 2), "plain"), ((4, 2), "nodes"), pytest.param((2, 4), "plain", marks=pytest.mark.nightly)]
+)
+def test_on_eight_ranks_training_is_that_of_one_process(dims, way):
+    """As two nodes of four ranks a dp axis has two ranks a node: 0 and 2, and 4 and 6."""
     pool = RankPool(size=8, timeout_s=300)
     try:
-        check(pool.run(8, combined, dims, 1, 1, "plain"), dims)
+        check(pool.run(8, combined, dims, 1, 1, way), {"dp/inside", "dp/across"} if way == "nodes" else set())
     finally:
         pool.close()
 

@@ -110,6 +110,9 @@ def test_a_backward_in_two_hops_has_the_bits_of_the_flat_one(ranks):
 def wrong_nodes(rank, world, group):
     """Rank 0's place is shared with rank 2; here its groups are made the other way around."""
     right = two_level(2, group)
+    work = right.all_to_all(torch.zeros(4))[1]
+    work.wait()
+    assert work.group is right.inside.group  # whose ranks are asked where it fails
     with pytest.raises(ValueError, match=r"two_level\(\)"):
         TwoLevelGroup(group, right.across.group, right.inside.group)
     with pytest.raises(ValueError, match="4 ranks, 3 a node"):
@@ -173,6 +176,20 @@ def test_a_gradient_that_some_ranks_lack_counts_as_zeros(ranks):
         assert (found[expected == 0] == 0).all()
         assert sqnr(expected, found) > 29
     assert not all(present.all() for (_, present), _, _, _ in answers)
+
+
+def empty_first(rank, world, group):
+    """A bucket that starts with an empty tensor, whose scale no line has; then one larger by far than the next."""
+    rule, tensors = Rule(format=E4M3), [torch.ones(0, 4), torch.full((4, 64), 1000.0), torch.full((4, 64), 0.001)]
+    layout = Layout([t.shape for t in tensors], WHOLE, world, rank)
+    packed = layout.pack([quantize(x, rule) for x in tensors], rule.format, CPU)
+    flat = finish(reduce_scatter_quantized(*packed, layout, CountedGroup(group)))[0]
+    return finish(NodeSums(layout, rule, two_level(2, group)).reduce_scatter(*packed))[0], flat
+
+
+def test_an_empty_tensor_does_not_shift_the_scales_of_the_next(ranks):
+    for found, expected in ranks(4, empty_first):
+        assert sqnr(expected, found) > 55
 
 
 def owned(rank, world, group, owners):
