@@ -62,7 +62,7 @@ def trained(rank, world, group, level, stage, steps, on_mesh):
         "skipped": optimizer.skipped_steps,
         "axes": {line.axis for line in ledger},
         "unplanned": [str(line) for line in ledger if line.sent != line.expected],
-        "of buckets": sum(line.sent for line in ledger if line.label.startswith("comm/bucket")),
+        "of buckets": sum(line.sent for line in ledger if line.label.startswith("comm/")),
         "wire": wire,
         "flat wire": amp.wire_bytes(flat),
     }
