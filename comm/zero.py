@@ -35,7 +35,7 @@ from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout, assign
 from msamp_like.comm.collectives import Steps, quantize_own
-from msamp_like.comm.data_parallel import BUCKET_BYTES, DataParallel
+from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.group import CountedGroup, Pending
 from msamp_like.comm.reduction import Bucket, mean_of_shard, pack, write
 from msamp_like.tensor import ScalingTensor
@@ -132,10 +132,11 @@ class OwnedWeights:
     """Where one optimizer's parameters are stepped, and how their new bytes reach the other ranks.
 
     The optimizer passes all its parameters in one order on every rank; as soon as it has passed the last of a part, the
-    part's bytes leave, while the next is stepped. When :meth:`finish` returns every rank holds all new weights.
+    part's bytes leave, while the next is stepped; a part is as large as a bucket of gradients. When :meth:`finish`
+    returns every rank holds all new weights.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], zero: Zero, part_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, parameters: Sequence[Tensor], zero: Zero) -> None:
         self.zero = zero
         self._parameters = parameters
         trained = [(i, p) for i, p in enumerate(parameters) if p.requires_grad]
@@ -146,7 +147,7 @@ class OwnedWeights:
                 owners=[zero.owner(trained[m][1]) for m in members],
                 last=max(trained[m][0] for m in members),
             )
-            for members in assign(sizes, part_bytes)
+            for members in assign(sizes, zero.bucket_bytes)
         ]
         self._launched = 0
         self._running: list[tuple[_Part, Tensor, Pending]] = []
