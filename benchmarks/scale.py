@@ -6,8 +6,8 @@ An alpha-beta model (``costs.py``) of what each scheme sends (``workloads.py``).
 options: NVLink 4 and one 400 Gbit/s adapter a GPU as on an 8-GPU H100 node, 82 % and 90 % of their nominal 450 and
 50 GB/s; latencies are what NCCL's own tuning table has for a ring with its Simple protocol (3.4 and 14 us); the gap
 between two messages that do not wait for each other is ours, 1 and 2 us, and the crossovers are given for half a
-microsecond and for the whole latency too. Buckets: ``fixed`` holds 8 Mi elements, as DataParallel's; ``grown`` holds
-max(40 million, 1 million a rank), Megatron-Core's default.
+microsecond and for the whole latency too. Buckets: ``fixed`` holds 8 Mi elements, as DataParallel's up to 8
+ranks; ``grown`` holds max(40 million, 1 million a rank), Megatron-Core's default.
 
     scatter, gather     seconds of a step for gradients and for weights over the data-parallel group
     sent, across        bytes that one rank sends in both, and those of them that leave the node

@@ -26,6 +26,9 @@ from msamp_like.tensor import ScalingTensor
 LINE = 128
 """Elements of a line where the rule's block does not set it."""
 
+BUCKET_BYTES = 8 << 20
+"""As many FP8 gradients as fill torch DDP's default bucket of 25 MiB in FP32, about."""
+
 K = TypeVar("K")
 
 
@@ -153,6 +156,24 @@ def _scales_of_lines(slot: Slot, block: Block) -> Tensor:
     rows = torch.arange(slot.rows) // max(1, block_rows) * slot.grid[1]
     columns = torch.arange(slot.lines_per_row) if block[1] > 0 else torch.zeros(slot.lines_per_row, dtype=torch.int64)
     return slot.first_scale + (rows[:, None] + columns[None, :]).view(-1)
+
+
+def default_bucket_bytes(world: int, model_bytes: int) -> int:
+    """What a bucket of ``world`` ranks holds where nobody says otherwise; ``model_bytes`` is what travels in all."""
+    # An eighth of the model, so that most of it leaves while backward goes on. But each rank's part is a message of its
+    # own, and one below some 90 KB costs more time than its bytes take (docs/explanation/scale.md); and rings, of
+    # world - 1 dependent steps, gain nothing from more than a megabyte a rank.
+    least, most = max(1 << 20, world << 17), max(BUCKET_BYTES, world << 20)
+    return min(max(model_bytes // 8, least), most)
+
+
+def check_bucket_bytes(bucket_bytes: int | None) -> None:
+    """Raise ValueError for a bucket that could hold nothing; None is the default."""
+    if bucket_bytes is not None and bucket_bytes < 1:
+        raise ValueError(
+            f"bucket_bytes must be at least 1, got {bucket_bytes}; leave it out for the default, an eighth of the model "
+            f"and at most {BUCKET_BYTES} up to 8 ranks"
+        )
 
 
 def assign(sizes: Sequence[tuple[K, int]], bucket_bytes: int) -> list[list[int]]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msamp_like.comm.buckets import Layout, assign
+from msamp_like.comm.buckets import Layout, assign, check_bucket_bytes, default_bucket_bytes
 from msamp_like.comm.collectives import Steps
 from msamp_like.comm.group import CountedGroup, ring_bytes
 from msamp_like.comm.hierarchical import NodeSums, TwoLevelGroup
@@ -35,9 +35,6 @@ from msamp_like.comm.reduction import Bucket, add, reduce_plain, reduce_scaled, 
 from msamp_like.formats import BF16
 from msamp_like.policy import Rule
 from msamp_like.tensor import ScalingTensor
-
-BUCKET_BYTES = 8 << 20
-"""As many FP8 gradients as fill torch DDP's default bucket of 25 MiB in FP32, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +74,16 @@ class DataParallel:
         tensor_group: CountedGroup | None = None,
         scattered: Iterable[Tensor] = (),
         between: Rule | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
-        _check_settings(rule, bucket_bytes)
+        check_bucket_bytes(bucket_bytes)
+        _check_rounding(rule)
         self.rule = rule
         self._group = group
         self.tensor_group = tensor_group
         self.between = between
         self.world = 1 if group is None else group.world
+        self.bucket_bytes = 0 if bucket_bytes is None else bucket_bytes
         named = {id(p): (name, p) for name, p in reversed(list(parameters))}  # a tied parameter once, by its first name
         named_parameters = list(named.values())[::-1]
         self._partial, self._scattered = {id(p) for p in partial}, {id(p) for p in scattered}
@@ -104,7 +103,7 @@ class DataParallel:
         self._reduced: set[int] = set()
         self._aside: dict[int, Tensor] = {}
         if self._parameters:
-            self._build_buckets(bucket_bytes)
+            self._build_buckets()
             self._add_hooks()
 
     def _add_hooks(self) -> None:
@@ -129,7 +128,7 @@ class DataParallel:
 
     # --- construction -----------------------------------------------------------------------------------------------
 
-    def _build_buckets(self, bucket_bytes: int) -> None:
+    def _build_buckets(self) -> None:
         """Buckets in the reverse order of the parameters, which is about the order in which backward finishes them."""
         sizes = []
         for p in self._parameters:
@@ -137,8 +136,9 @@ class DataParallel:
             dtype = self.rule.format.dtype if isinstance(p, ScalingTensor) else p.dtype
             kind = (scaled, dtype, p.device, id(p) in self._partial, id(p) in self._scattered)
             sizes.append((kind, p.numel() * dtype.itemsize))
+        self.bucket_bytes = self.bucket_bytes or default_bucket_bytes(self.world, sum(size for _, size in sizes))
         self._bucket_of = [0] * len(sizes)
-        for number, members in enumerate(assign(sizes, bucket_bytes)):
+        for number, members in enumerate(assign(sizes, self.bucket_bytes)):
             (scaled, dtype, device, partial, scattered), _ = sizes[members[0]]
             parameters, layout = self._placed([self._parameters[position] for position in members], scaled, device)
             self._buckets.append(
@@ -305,9 +305,7 @@ def _advance(steps: Steps[None]) -> bool:
     return next(steps, StopIteration) is not StopIteration
 
 
-def _check_settings(rule: Rule, bucket_bytes: int) -> None:
-    if bucket_bytes < 1:
-        raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}; the default is {BUCKET_BYTES}")
+def _check_rounding(rule: Rule) -> None:
     if rule.rounding != "nearest":
         raise ValueError(
             f"gradients are rounded to nearest when they are sent, got a rule with rounding={rule.rounding!r}; "

@@ -36,7 +36,7 @@ from torch.profiler import record_function
 
 from msamp_like.comm.buckets import Layout, assign
 from msamp_like.comm.collectives import Steps, quantize_own
-from msamp_like.comm.data_parallel import BUCKET_BYTES, DataParallel, Wire
+from msamp_like.comm.data_parallel import DataParallel, Wire
 from msamp_like.comm.group import CountedGroup, Pending
 from msamp_like.comm.reduction import Bucket, mean_of_shard, pack, write
 from msamp_like.tensor import ScalingTensor
@@ -145,18 +145,12 @@ class OwnedWeights:
     """Where one optimizer's parameters are stepped, and how their new bytes reach the other ranks.
 
     The optimizer passes all its parameters in one order on every rank; as soon as it has passed the last of a part, the
-    part's bytes leave, while the next is stepped. When :meth:`finish` returns every rank holds all new weights; with
-    ``overlap_forward`` those of matrices may still be on their way, and whoever reads one first waits for its part.
+    part's bytes leave, while the next is stepped; a part is as large as a bucket of gradients. When :meth:`finish`
+    returns every rank holds all new weights; with ``overlap_forward`` those of matrices may still be on their way, and
+    whoever reads one first waits for its part.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        zero: Zero,
-        *,
-        overlap_forward: bool = False,
-        part_bytes: int = BUCKET_BYTES,
-    ) -> None:
+    def __init__(self, parameters: Sequence[Tensor], zero: Zero, *, overlap_forward: bool = False) -> None:
         self.zero = zero
         self.overlap_forward = overlap_forward
         self._parameters = parameters
@@ -168,7 +162,7 @@ class OwnedWeights:
                 owners=[zero.owner(trained[m][1]) for m in members],
                 last=max(trained[m][0] for m in members),
             )
-            for members in assign(sizes, part_bytes)
+            for members in assign(sizes, zero.bucket_bytes)
         ]
         self._launched = 0
         self._running: list[tuple[_Part, Tensor, Pending]] = []

@@ -15,6 +15,7 @@ from msamp_like.amp.wiring import Converted, Wiring, adopt_class, wiring_of
 from msamp_like.comm import tensor_parallel
 from msamp_like.comm.agreement import agree, versions
 from msamp_like.comm.axes import Axes, Norms
+from msamp_like.comm.buckets import check_bucket_bytes
 from msamp_like.comm.collectives import replicate
 from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.hierarchical import PARTIAL_SUMS, TwoLevelGroup, check_nodes, two_level
@@ -45,6 +46,7 @@ def initialize(
     data_parallel: bool = True,
     process_group: dist.ProcessGroup | None = None,
     ranks_per_node: int | None = None,
+    bucket_bytes: int | None = None,
     seed: int = 0,
 ) -> tuple[Model, Any]:
     """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
@@ -65,7 +67,8 @@ def initialize(
     ``ranks_per_node`` is for data-parallel ranks on several nodes, several on each: FP8 gradients are then summed in
     FP32 inside a node, and the sums go to the other nodes in BF16 (:mod:`msamp_like.comm.hierarchical`); None is one
     node, every rank sends to every other. It counts the data-parallel ranks of a node, neighbours on their axis: 8 on
-    nodes of 8 GPUs, and 4 where tensor parallelism takes those in pairs.
+    nodes of 8 GPUs, and 4 where tensor parallelism takes those in pairs. ``bucket_bytes`` is how much leaves at once,
+    gradients and ZeRO's weights alike; None is 8 MiB, or 1 MiB a data-parallel rank where that is more.
 
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
     override or mesh axis, ranks that do not fill their nodes, a model that is converted already or has nothing to
@@ -79,11 +82,12 @@ def initialize(
     several = isinstance(optimizer, Sequence)
     sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     _check(model, sources, overrides or {})
+    check_bucket_bytes(bucket_bytes)
     axes = _axes(model, mesh, process_group, data_parallel)
     if ranks_per_node is not None:
         check_nodes(ranks_per_node, axes.data.world if axes.data is not None else 1)
 
-    settings = {"ranks_per_node": ranks_per_node, "seed": seed}
+    settings = {"ranks_per_node": ranks_per_node, "bucket_bytes": bucket_bytes, "seed": seed}
     _agree(axes, policy, settings, next((p.device for p in model.parameters()), torch.device("cpu")))
     if ranks_per_node is not None and axes.data is not None:
         axes.data = two_level(ranks_per_node, axes.data.group, axes.data.axis)
@@ -95,7 +99,7 @@ def initialize(
     wiring = Wiring(policy, plans, axes)
     adopt_class(model, wiring)
     wiring.round_gradients(originals, scattered=_split_parameters(model))
-    _reduce_together(model, wiring)
+    _reduce_together(model, wiring, bucket_bytes)
     optimizers = [_optimizer(source, wiring, originals, seed, overlap_forward) for source in sources]
     _roll_with(model, optimizers, wiring)
     axes.end_step()  # what made the ranks alike is no part of the first step
@@ -151,7 +155,7 @@ def _split_parameters(model: nn.Module) -> list[Tensor]:
     return [p for name, p in model.named_parameters(remove_duplicate=False) if name in split]
 
 
-def _reduce_together(model: nn.Module, wiring: Wiring) -> None:
+def _reduce_together(model: nn.Module, wiring: Wiring, bucket_bytes: int | None) -> None:
     """Hooks that reduce gradients, and what joins their norms."""
     named, axes, stage = list(model.named_parameters()), wiring.axes, wiring.policy.zero_stage
     partial = [p for _, p in tensor_parallel.partial_gradients(model)]
@@ -162,6 +166,7 @@ def _reduce_together(model: nn.Module, wiring: Wiring) -> None:
         "partial": partial,
         "tensor_group": axes.tensor,
         "between": PARTIAL_SUMS if isinstance(axes.data, TwoLevelGroup) else None,
+        "bucket_bytes": bucket_bytes,
     }
     owned = stage > 0 and axes.data is not None
     if owned:
