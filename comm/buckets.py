@@ -171,8 +171,8 @@ def check_bucket_bytes(bucket_bytes: int | None) -> None:
     """Raise ValueError for a bucket that could hold nothing; None is the default."""
     if bucket_bytes is not None and bucket_bytes < 1:
         raise ValueError(
-            f"bucket_bytes must be at least 1, got {bucket_bytes}; leave it out for the default, an eighth of the model "
-            f"and at most {BUCKET_BYTES} up to 8 ranks"
+            f"bucket_bytes must be at least 1, got {bucket_bytes}; leave it out for the default, an eighth of the "
+            f"model and at most {BUCKET_BYTES} up to 8 ranks"
         )
 
 
