@@ -46,7 +46,7 @@ class Run:
             raise ValueError(f"--out must be a directory, {self.directory} is a file; give another")
         taken = [name for name in (CONFIG, METRICS, SUMMARY) if (self.directory / name).exists()]
         if resumes_from is not None and resumes_from.resolve().parent == self.directory.resolve():
-            taken = [path.name for path in self._checkpoints() if path.name > resumes_from.name]
+            taken = [path.name for path in checkpoint.complete(self.directory) if path.name > resumes_from.name]
         if taken and not overwrite:
             raise ValueError(
                 f"--out must not hold what this run would replace, {self.directory} has {taken[0]}; give another "

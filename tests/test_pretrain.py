@@ -172,6 +172,13 @@ def test_ctrl_c_leaves_a_readable_run_that_goes_on(
     assert results(metrics(out)) == results(straight)
 
 
+def test_what_a_writer_that_died_has_left_does_not_bar_the_way(text: Path, tmp_path: Path) -> None:
+    straight = run(text, tmp_path / "run", *STEPS)
+    (tmp_path / "run" / "step-000008").rename(tmp_path / "run" / "step-000008.tmp-00ff")
+    assert results(run(text, tmp_path / "run", *STEPS, "--resume", "latest")) == results(straight)
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-000004", "step-000008"]
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
