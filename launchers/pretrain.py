@@ -1,134 +1,43 @@
 """Train a GPT from scratch on text, in FP8 or in BF16, on one process or several.
 
     torchrun --nproc-per-node 2 -m msamp_like.launchers.pretrain --level O2 --steps 300 --out runs/demo
+    torchrun --nproc-per-node 4 -m msamp_like.launchers.pretrain --level O3 --tensor-parallel 2 --sequence-parallel \
+        --steps 300 --out runs/o3
     python -m msamp_like.launchers.pretrain --level O0 --steps 300 --out runs/bf16
 
 Every step is a pure function of the settings and of the state before it: the batch comes from the step's number, so
 does the learning rate, and a checkpoint holds the rest. ``--resume latest`` therefore continues bit for bit.
 
-The recipe is that of Peng et al., "FP8-LM: Training FP8 Large Language Models", 2023, https://arxiv.org/abs/2310.18313:
-AdamW, a linear warm-up, a cosine to a tenth.
+What may be set, and the recipe, are in :mod:`msamp_like.launchers.pretrain_settings`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msamp_like import amp, checkpoint
-from msamp_like import policy as policies
+from msamp_like.comm.tensor_parallel import parallelize, plan_gpt
 from msamp_like.launchers import compare
 from msamp_like.launchers.corpus import Batches, Corpus, load_corpus, validation_batches
+from msamp_like.launchers.pretrain_settings import Settings, check, learning_rate, model_config, parse_overrides
 from msamp_like.launchers.ranks import Ranks
-from msamp_like.launchers.run import FIGURE, Progress, Run, environment, peak_memory_bytes
-from msamp_like.launchers.settings import Configurable, as_dict, dump, parse
-from msamp_like.models.gpt import GPT, PRESETS, GPTConfig
-
-LEARNING_RATES = {"tiny": 2e-3, "small": 1e-3, "125M": 6e-4, "7B": 3e-4, "13B": 3e-4, "175B": 3e-5}
-"""Peak learning rate of each preset: Table 1 of the paper from 125M up."""
+from msamp_like.launchers.run import FIGURE, Progress, Run, environment, peak_memory_bytes, wire_table, wire_text
+from msamp_like.launchers.settings import as_dict, dump, parse
+from msamp_like.models.gpt import GPT, GPTConfig
 
 LAST = 20
 """Steps over which the summary's training loss is the mean."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(Configurable):
-    """Train a GPT on text in FP8 (O1, O2, O3) or BF16 (O0)."""
-
-    level: str = "O2"  # Level of precision: O0 (BF16), O1, O2 or O3 (FP8).
-    preset: Literal["tiny", "small", "125M", "7B", "13B", "175B"] = "tiny"  # Sizes of the model.
-    steps: int = 300  # Optimizer steps of the whole run.
-    out: str = "runs/pretrain"  # Directory of the run; it must not hold another.
-    overwrite: bool = False  # Delete the run that --out holds.
-    resume: str = ""  # Continue from a checkpoint's directory, or from the `latest` in --out.
-
-    data: str = ""  # Text file, folder or glob; default: the source of Python's own library.
-    tokenizer: str = ""  # Hugging Face tokenizer.json; default: bytes are tokens.
-    vocab_size: int = 0  # Vocabulary of the model (0: the preset's).
-    context: int = 0  # Tokens of a sequence (0: the preset's).
-    dim: int = 0  # Dim of the residual stream (0: the preset's).
-    num_layers: int = 0  # Blocks (0: the preset's).
-    num_heads: int = 0  # Attention heads (0: the preset's).
-
-    batch_size: int = 8  # Sequences of a step, over all ranks and micro-batches.
-    micro_batches: int = 1  # Backward passes of a step on each rank; gradients accumulate.
-    lr: float = 0.0  # Peak learning rate (0: the preset's).
-    warmup_steps: int = -1  # Steps of linear warm-up (-1: a tenth of the steps, at most 1,000).
-    final_lr: float = 0.1  # Learning rate at the end of the cosine, as a share of the peak.
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors.
-    weight_decay: float = 0.1  # AdamW's decay, of matrices alone.
-    clip: float = 1.0  # Largest norm of the gradient.
-    seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
-
-    recipe: Literal["", "delayed", "current"] = ""  # Scaling of activations (empty: the level's own).
-    overrides: tuple[str, ...] = ()  # Modules kept out: pattern=product, product one of fp8, bf16, skip.
-    dtype: Literal["bf16", "fp32"] = "bf16"  # Autocast of what is not in FP8.
-    compile: bool = False  # Compile the model with torch.compile.
-
-    eval_every: int = 50  # Steps between validations; the last step always validates.
-    eval_batches: int = 32  # Batches of held-out text; the same at every level and world size.
-    eval_batch_size: int = 4  # Sequences of one of them.
-    save_every: int = 500  # Steps between checkpoints; the last step saves too (0: never).
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # Where to train; auto takes CUDA where there is any.
-    threads: int = 0  # CPU threads of each rank (0: an equal share of the cores).
-
-
-def check(settings: Settings, world: int) -> None:
-    """Raises ValueError for settings that no run can have, before anything is loaded."""
-    s = settings
-    policies.resolve(s.level)
-    parse_overrides(s)
-    for name in ("steps", "batch_size", "micro_batches", "clip", "eval_every", "eval_batches", "eval_batch_size"):
-        if getattr(s, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(s, name)}; raise it")
-    sizes = ("vocab_size", "context", "dim", "num_layers", "num_heads")
-    for name in (*sizes, "lr", "final_lr", "weight_decay", "seed", "save_every", "threads"):
-        if getattr(s, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(s, name)}; raise it")
-    if s.batch_size % (s.micro_batches * world):
-        raise ValueError(
-            f"--batch-size must divide by micro-batches times ranks, got {s.batch_size} for {s.micro_batches} times "
-            f"{world}; give a multiple of {s.micro_batches * world}, or start fewer ranks (--nproc-per-node)"
-        )
-
-
-def parse_overrides(settings: Settings) -> dict[str, str]:
-    """{pattern: product} of ``--overrides pattern=product ...``."""
-    pairs = [text.partition("=") for text in settings.overrides]
-    for pattern, equals, product in pairs:
-        if not (pattern and product):
-            raise ValueError(
-                f"--overrides takes pattern=product, got {pattern + equals + product!r}; write lm_head=fp8, for example"
-            )
-    return {pattern: product for pattern, _, product in pairs}
-
-
-def model_config(settings: Settings) -> GPTConfig:
-    """The preset with the settings' own sizes."""
-    own = {name: getattr(settings, name) for name in ("vocab_size", "context", "dim", "num_layers", "num_heads")}
-    return replace(PRESETS[settings.preset], **{name: size for name, size in own.items() if size})
-
-
-def learning_rate(settings: Settings, step: int) -> float:
-    """Of step number ``step``, from 0: a linear warm-up, then a cosine from the peak to ``final_lr`` of it."""
-    peak = settings.lr or LEARNING_RATES[settings.preset]
-    warmup = settings.warmup_steps if settings.warmup_steps >= 0 else min(1000, settings.steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, settings.steps - 1 - warmup)
-    return peak * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -150,8 +59,10 @@ class Job:
     corpus: Corpus
     batches: Batches
     held_out: Sequence[tuple[Tensor, Tensor]]
-    model: Any  # GPT, with what amp.initialize adds
+    model: Any  # GPT, with what amp.initialize adds; this rank's part of it where it is split
     optimizer: Any
+    parameters: int  # of the whole model
+    flops_per_token: int  # of the whole model
     identity: dict[str, Any]
     first_step: int
 
@@ -164,6 +75,7 @@ class Job:
 def prepare(settings: Settings, ranks: Ranks) -> Job:
     """Text, model, optimizer and, in a resume, their state; nothing is written. Raises ValueError or OSError."""
     device = ranks.device(settings.device)
+    ranks = ranks.split(settings.tensor_parallel, device)
     config = model_config(settings)
     corpus = load_corpus(settings.data, settings.tokenizer, vocab_size=config.vocab_size, context=config.context)
     run = Run(settings.out)
@@ -172,19 +84,17 @@ def prepare(settings: Settings, ranks: Ranks) -> Job:
 
     torch.manual_seed(settings.seed)
     model = GPT(config).to(device)
-    fingerprint = checkpoint.fingerprint(model.named_parameters())
-    model, optimizer = amp.initialize(
-        model,
-        make_optimizer(model, settings),
-        level=settings.level,
-        recipe=settings.recipe or None,
-        overrides=parse_overrides(settings),
-        seed=settings.seed,
-    )
-    identity = {"level": settings.level, "model": fingerprint, "corpus": corpus.record["sha256"]}
+    whole = {"parameters": model.num_parameters(), "flops_per_token": model.flops_per_token()}
+    identity = {
+        "level": settings.level,
+        "model": checkpoint.fingerprint(model.named_parameters()),
+        "corpus": corpus.record["sha256"],
+    }
+    model, optimizer = convert(model, config, settings, ranks)
     first_step = 0
     if source is not None:
-        saved = checkpoint.load(source, expect=identity, device=device)
+        part, parts = ranks.tensor_rank, ranks.tensor_world
+        saved = checkpoint.load(source, expect=identity, device=device, part=part, parts=parts)
         amp.load_state_dict(model, optimizer, saved["amp"])
         first_step = saved["step"]
         if first_step >= settings.steps:
@@ -201,7 +111,7 @@ def prepare(settings: Settings, ranks: Ranks) -> Job:
             context=config.context,
             batch_size=settings.batch_size,
             micro_batches=settings.micro_batches,
-            world=ranks.world,
+            world=ranks.data_world,
             seed=settings.seed,
         ),
         held_out=validation_batches(
@@ -209,8 +119,25 @@ def prepare(settings: Settings, ranks: Ranks) -> Job:
         ),
         model=model,
         optimizer=optimizer,
+        **whole,
         identity=identity,
         first_step=first_step,
+    )
+
+
+def convert(model: GPT, config: GPTConfig, settings: Settings, ranks: Ranks) -> tuple[Any, Any]:
+    """(model, optimizer) in the level's precision, over all ranks; from here on ``model`` is this rank's part of it."""
+    if ranks.mesh is not None:
+        parallelize(model, ranks.mesh["tp"], plan_gpt(config), sequence=settings.sequence_parallel)
+    return amp.initialize(
+        model,
+        make_optimizer(model, settings),
+        level=settings.level,
+        recipe=settings.recipe or None,
+        overrides=parse_overrides(settings),
+        mesh=ranks.mesh,
+        zero_stage=settings.zero_stage if settings.zero_stage >= 0 else None,
+        seed=settings.seed,
     )
 
 
@@ -238,7 +165,7 @@ def train_step(job: Job, forward: Callable[..., Any], step: int) -> dict[str, An
     optimizer.zero_grad()
     loss = torch.zeros((), device=job.device)
     for micro_batch in range(micro_batches):
-        tokens, targets = (t.to(job.device) for t in job.batches(step, micro_batch, ranks.rank))
+        tokens, targets = (t.to(job.device) for t in job.batches(step, micro_batch, ranks.data_rank))
         last = micro_batch == micro_batches - 1
         with contextlib.nullcontext() if last else model.no_sync():
             with job.precision:
@@ -247,7 +174,7 @@ def train_step(job: Job, forward: Callable[..., Any], step: int) -> dict[str, An
         loss += micro_loss.detach() / micro_batches
     norm = amp.clip_grad_norm_(model, job.settings.clip)
     optimizer.step()
-    mean_loss, grad_norm = torch.stack((ranks.sum_(loss) / ranks.world, norm)).tolist()  # the step's one wait
+    mean_loss, grad_norm = torch.stack((ranks.sum_(loss) / ranks.data_world, norm)).tolist()  # the step's one wait
     elapsed_s = time.perf_counter() - started
     return {
         "step": step + 1,
@@ -269,11 +196,12 @@ def tokens_per_step(job: Job) -> int:
 
 @torch.no_grad()
 def evaluate(job: Job) -> float:
-    """Mean loss of the held-out batches, which the ranks share; each has its own place, so any world adds the same."""
+    """Mean loss of the held-out batches, which the data-parallel ranks share; each batch has its own place, so any
+    number of them adds the same."""
     losses = torch.zeros(len(job.held_out), dtype=torch.float64, device=job.device)
     sizes = torch.tensor([len(tokens) for tokens, _ in job.held_out], dtype=torch.float64, device=job.device)
     job.model.eval()
-    for i in range(job.ranks.rank, len(job.held_out), job.ranks.world):
+    for i in range(job.ranks.data_rank, len(job.held_out), job.ranks.data_world):
         tokens, targets = (t.to(job.device) for t in job.held_out[i])
         with job.precision:
             losses[i] = job.model(tokens, targets)[1]
@@ -282,12 +210,31 @@ def evaluate(job: Job) -> float:
 
 
 def save(job: Job, step: int) -> None:
-    """A checkpoint after ``step`` steps: gathered by all ranks, written by one."""
+    """A checkpoint after ``step`` steps: gathered by all ranks, written by one; where the model is split, by one a
+    part."""
+    ranks, directory = job.ranks, checkpoint.step_directory(job.run.directory, step)
     state = {"amp": amp.state_dict(job.model, job.optimizer), "step": step, "settings": as_dict(job.settings)}
-    if job.ranks.is_first:
-        identity = {**job.identity, "step": step, "world_size": job.ranks.world}
-        checkpoint.save(checkpoint.step_directory(job.run.directory, step), state, identity=identity)
-    job.ranks.barrier()
+    identity = {**job.identity, "step": step, "world_size": ranks.world, "tensor_parallel": ranks.tensor_world}
+    if ranks.mesh is None:
+        if ranks.is_first:
+            checkpoint.save(directory, state, identity=identity)
+    else:
+        if ranks.data_rank == 0:
+            checkpoint.save(checkpoint.part_directory(directory, ranks.tensor_rank), state, identity=identity)
+        ranks.barrier()  # all parts are there
+        if ranks.is_first:
+            checkpoint.join(directory, parts=ranks.tensor_world, identity=identity)
+    ranks.barrier()
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """What a step leaves on this rank, right after it: bytes held, with gradients and before compute copies are made,
+    and bytes sent, before anything else is."""
+    return {
+        "state_bytes": amp.state_bytes(job.model, job.optimizer),
+        "wire_bytes": amp.wire_bytes(job.model),
+        "wire_ledger": wire_table(amp.wire_ledger(job.model)),
+    }
 
 
 def train(settings: Settings, ranks: Ranks, *, command: str = "") -> dict[str, Any]:
@@ -298,38 +245,40 @@ def train(settings: Settings, ranks: Ranks, *, command: str = "") -> dict[str, A
         if ranks.is_first:
             job.run.start(dump(settings), first_step=job.first_step)
     ranks.say(
-        f"{settings.preset} at {settings.level}: {job.model.num_parameters():,} parameters, {ranks.world} rank(s) on "
+        f"{settings.preset} at {settings.level}: {job.parameters:,} parameters, {job.ranks} on "
         f"{job.device.type}, {torch.get_num_threads()} thread(s) each, {tokens_per_step(job):,} tokens a step; "
         f"text: {job.corpus.record['source']}"
     )
     forward = torch.compile(job.model) if settings.compile else job.model
     progress = Progress(first_step=job.first_step, steps=settings.steps, shown=ranks.is_first)
-    state_bytes: dict[str, int] = {}
+    measured: dict[str, Any] = {}
     with contextlib.closing(job.run), contextlib.closing(progress):
         for step in range(job.first_step, settings.steps):
             line = train_step(job, forward, step)
             done, last = step + 1, step + 1 == settings.steps
             if last:
-                state_bytes = amp.state_bytes(job.model, job.optimizer)  # with gradients, before compute copies
+                measured = measure(job)
             if last or done % settings.eval_every == 0:
                 line["validation_loss"] = evaluate(job)
             job.run.log(line)
             progress.update(line)
             if settings.save_every and (last or done % settings.save_every == 0):
                 save(job, done)
-    summary = summarize(job, state_bytes, command)
+    summary = summarize(job, measured, command)
     if ranks.is_first:
         job.run.finish(summary)
         ranks.say(compare.draw_if_possible([job.run.directory], job.run.directory / FIGURE))
+        for row in summary["wire_ledger"]:
+            ranks.say(wire_text(row))
         ranks.say(f"validation loss {summary['validation_loss']:.4f}, {summary['median_step_ms']:.0f} ms a step")
     return summary
 
 
-def summarize(job: Job, state_bytes: Mapping[str, int], command: str) -> dict[str, Any]:
-    """The results of a complete run, as JSON; rates are of the steps that this process has taken."""
+def summarize(job: Job, measured: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The results of a complete run, as JSON; rates are of the steps that this process has taken, ``measured`` is of
+    the last one on this rank."""
     settings, ranks = job.settings, job.ranks
     lines = job.run.lines
-    parameters = job.model.num_parameters()
     step_ms = statistics.median(line["step_ms"] for line in lines)
     counts = ("matrix_parameters", "plain_parameters")
     return {
@@ -339,17 +288,16 @@ def summarize(job: Job, state_bytes: Mapping[str, int], command: str) -> dict[st
         "steps": settings.steps,
         "seed": settings.seed,
         "tokens_per_step": tokens_per_step(job),
-        "flops_per_token": job.model.flops_per_token(),
+        "flops_per_token": job.flops_per_token,
         "train_loss": statistics.fmean(line["loss"] for line in lines[-LAST:]),
         "train_loss_steps": min(LAST, len(lines)),
         "validation_loss": lines[-1]["validation_loss"],
         "median_step_ms": step_ms,
         "tokens_per_s": tokens_per_step(job) / step_ms * 1e3,
         "peak_memory_bytes": lines[-1]["memory_bytes"],
-        "parameters": parameters,
-        "state_bytes": dict(state_bytes),
-        "bytes_per_parameter": sum(v for k, v in state_bytes.items() if k not in counts) / parameters,
-        "wire_bytes": amp.wire_bytes(job.model),
+        "parameters": job.parameters,
+        "bytes_per_parameter": sum(v for k, v in measured["state_bytes"].items() if k not in counts) / job.parameters,
+        **measured,
         "skipped_steps": job.optimizer.skipped_steps,
         "fp8_report": amp.fp8_report(job.model).as_dict(),
         "corpus": dict(job.corpus.record),

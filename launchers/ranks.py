@@ -2,6 +2,10 @@
 
 ``torchrun --nproc-per-node N -m program`` gives each process RANK, WORLD_SIZE and the like; a plain
 ``python -m program`` gives none, and is a world of one without a process group.
+
+The world is a grid of data-parallel times tensor-parallel ranks. The ranks that share one model are neighbours, so that
+they are on one machine where its size allows: they exchange activations in every layer, and the others gradients once a
+step.
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:  # its import takes longer than the whole of ours
+    from torch.distributed.device_mesh import DeviceMesh
 
 _HEAD_START_S = 30.0
 """Longer than the first rank takes to leave a busy machine; torchrun ends the others as soon as it has."""
@@ -23,12 +31,13 @@ _HEAD_START_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among its peers."""
+    """This process among its peers; with a ``mesh`` of the axes ("dp", "tp"), some share one model."""
 
     rank: int = 0
     local_rank: int = 0
     world: int = 1
     local_world: int = 1
+    mesh: DeviceMesh | None = None
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -76,6 +85,42 @@ class Ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, cores // self.local_world)
 
+    # --- grid -------------------------------------------------------------------------------------------------------
+
+    def split(self, tensor_parallel: int, device: torch.device) -> Ranks:
+        """These ranks, each ``tensor_parallel`` neighbours sharing one model; a collective unless that is 1."""
+        if tensor_parallel == 1:
+            return self
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = (self.world // tensor_parallel, tensor_parallel)
+        return replace(self, mesh=init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp")))
+
+    @property
+    def data_world(self) -> int:
+        """How many models there are, each with its own samples."""
+        return self.world if self.mesh is None else self.mesh.size(0)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this process works on."""
+        return self.rank if self.mesh is None else self.mesh.get_local_rank("dp")
+
+    @property
+    def tensor_world(self) -> int:
+        """How many ranks share a model, and its samples."""
+        return 1 if self.mesh is None else self.mesh.size(1)
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which part of it this process has."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank("tp")
+
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return f"{self.world} rank(s)"
+        return f"{self.world} ranks, {self.data_world} data-parallel x {self.tensor_world} tensor-parallel,"
+
     # --- together ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -95,9 +140,10 @@ class Ranks:
             dist.destroy_process_group()
 
     def sum_(self, values: Tensor) -> Tensor:
-        """``values`` added up over the ranks, in place; every rank gets the same bits."""
-        if self.world > 1:
-            dist.all_reduce(values)
+        """``values`` added up over the data-parallel ranks, in place; every rank gets the same bits, provided that
+        those that share a model bring the same."""
+        if self.data_world > 1:
+            dist.all_reduce(values, group=self.mesh.get_group("dp") if self.mesh is not None else None)
         return values
 
     def barrier(self) -> None:

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +28,7 @@ import tqdm
 
 import msamp_like
 from msamp_like import checkpoint
+from msamp_like.comm.ledger import Line
 
 CONFIG, METRICS, SUMMARY, FIGURE = "config.yaml", "metrics.jsonl", "summary.json", "loss.png"
 
@@ -46,7 +47,7 @@ class Run:
             raise ValueError(f"--out must be a directory, {self.directory} is a file; give another")
         taken = [name for name in (CONFIG, METRICS, SUMMARY) if (self.directory / name).exists()]
         if resumes_from is not None and resumes_from.resolve().parent == self.directory.resolve():
-            taken = [path.name for path in self._checkpoints() if path.name > resumes_from.name]
+            taken = [path.name for path in checkpoint.complete(self.directory) if path.name > resumes_from.name]
         if taken and not overwrite:
             raise ValueError(
                 f"--out must not hold what this run would replace, {self.directory} has {taken[0]}; give another "
@@ -132,6 +133,32 @@ class Progress:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+def wire_table(ledger: Sequence[Line]) -> list[dict[str, Any]]:
+    """A row for each kind of collective on each mesh axis, as JSON: calls and bytes of one step, sent and expected.
+
+    What no plan knows the size of, since activations depend on the batch, has rows of its own, ``expected`` None.
+    """
+    kinds: dict[tuple[str, str, bool], list[Line]] = {}
+    for line in ledger:
+        kinds.setdefault((line.axis, line.collective, line.expected is None), []).append(line)
+    return [
+        {
+            "axis": axis,
+            "collective": collective,
+            "calls": sum(line.calls for line in kinds[axis, collective, unplanned]),
+            "sent": sum(line.sent for line in kinds[axis, collective, unplanned]),
+            "expected": None if unplanned else sum(line.expected or 0 for line in kinds[axis, collective, unplanned]),
+        }
+        for axis, collective, unplanned in sorted(kinds)
+    ]
+
+
+def wire_text(row: Mapping[str, Any]) -> str:
+    """A row of :func:`wire_table` as a line for the terminal."""
+    expected = "no plan" if row["expected"] is None else f"{row['expected']:,} expected"
+    return f"wire {row['axis']} {row['collective']:<10} {row['calls']:>5} x {row['sent']:>13,} bytes sent, {expected}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

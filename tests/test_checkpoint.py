@@ -125,6 +125,49 @@ def test_a_writer_that_dies_leaves_no_checkpoint(tmp_path: Path, monkeypatch: py
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000001"
 
 
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def save_parts(directory: Path, parts: int = 2) -> None:
+    for part in range(parts):
+        checkpoint.save(checkpoint.part_directory(directory, part), {"x": torch.tensor(part)}, identity=IDENTITY)
+
+
+def test_parts_become_one_checkpoint_at_once(tmp_path: Path) -> None:
+    directory = checkpoint.step_directory(tmp_path, 3)
+    save_parts(directory)
+    assert checkpoint.complete(tmp_path) == []
+    assert checkpoint.join(directory, parts=2, identity=IDENTITY) == directory
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+    assert checkpoint.latest(tmp_path) == directory
+    assert checkpoint.read_identity(directory) == IDENTITY
+    for part in range(2):
+        assert checkpoint.load(directory, expect=IDENTITY, part=part, parts=2) == {"x": torch.tensor(part)}
+    with pytest.raises(ValueError, match="level 'O2', this run has 'O1'"):
+        checkpoint.load(directory, expect={"level": "O1"}, parts=2)
+    for parts in (1, 4):
+        with pytest.raises(ValueError, match=rf"has 2, this run has {parts}; run with tensor-parallel 2"):
+            checkpoint.load(directory, parts=parts)
+    with pytest.raises(FileExistsError, match="new directory each time"):
+        checkpoint.join(directory, parts=2, identity=IDENTITY)
+
+
+def test_a_checkpoint_without_parts_is_of_one(tmp_path: Path) -> None:
+    directory = checkpoint.save(tmp_path / "step-000001", {"x": 1}, identity=IDENTITY)
+    with pytest.raises(ValueError, match="has 1, this run has 2; run with tensor-parallel 1"):
+        checkpoint.load(directory, parts=2)
+
+
+def test_parts_that_are_not_all_there_are_no_checkpoint(tmp_path: Path) -> None:
+    older, newer = (checkpoint.step_directory(tmp_path, step) for step in (3, 6))
+    save_parts(older)
+    checkpoint.join(older, parts=2, identity=IDENTITY)
+    save_parts(newer, parts=1)
+    with pytest.raises(FileNotFoundError, match="lacks part 1"):
+        checkpoint.join(newer, parts=2, identity=IDENTITY)
+    assert checkpoint.latest(tmp_path) == older
+
+
 def test_latest_is_by_step_not_by_name_or_date(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="complete checkpoint"):
         checkpoint.latest(tmp_path)
@@ -153,7 +196,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     tensors.write_bytes(whole)
     text = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**text, "schema": 99}))
-    with pytest.raises(ValueError, match="schema 1, got 99"):
+    with pytest.raises(ValueError, match="schema 1 or 2, got 99"):
         checkpoint.load(directory)
     manifest.write_text("{")
     with pytest.raises(ValueError, match="must be JSON"):

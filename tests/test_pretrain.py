@@ -15,7 +15,8 @@ import torch
 
 from msamp_like import checkpoint
 from msamp_like.launchers import compare, pretrain
-from msamp_like.launchers.pretrain import Settings, learning_rate, main, train
+from msamp_like.launchers.pretrain import main, train
+from msamp_like.launchers.pretrain_settings import Settings, check, learning_rate
 from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.settings import as_dict, load, parse
 
@@ -113,6 +114,31 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     assert learning_rate(Settings(steps=1), 0) > 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tensor-parallel 3", "must divide the number of ranks, got 3 for 8"),
+        ("--tensor-parallel 4 --num-heads 2", "must divide the model's num_heads, got 4 for 2; give a .* --num-heads"),
+        ("--tensor-parallel 4 --num-heads 4 --vocab-size 258", "must divide the model's vocab_size, got 4 for 258"),
+        (
+            "--tensor-parallel 4 --num-heads 4 --sequence-parallel --context 30",
+            "divides by the ranks of a model, got 30 tokens for --tensor-parallel 4; give another --context",
+        ),
+        ("--tensor-parallel 2 --batch-size 6", "times data-parallel ranks, got 6 for 1 times 4; give a multiple of 4"),
+    ],
+)
+def test_settings_that_eight_ranks_cannot_have_are_refused(arguments: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(parse(Settings, arguments.split(), program="pretrain"), 8)
+
+
+def test_a_batch_divides_by_the_models_not_by_the_ranks() -> None:
+    given = parse(Settings, ["--batch-size", "4", "--tensor-parallel", "2"], program="pretrain")
+    check(given, 8)
+    with pytest.raises(ValueError, match="got 4 for 1 times 8"):
+        check(parse(Settings, ["--batch-size", "4"], program="pretrain"), 8)
+
+
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 STEPS = ("--steps", "8", "--save-every", "4", "--eval-every", "4")
@@ -172,6 +198,13 @@ def test_ctrl_c_leaves_a_readable_run_that_goes_on(
     assert results(metrics(out)) == results(straight)
 
 
+def test_what_a_writer_that_died_has_left_does_not_bar_the_way(text: Path, tmp_path: Path) -> None:
+    straight = run(text, tmp_path / "run", *STEPS)
+    (tmp_path / "run" / "step-000008").rename(tmp_path / "run" / "step-000008.tmp-00ff")
+    assert results(run(text, tmp_path / "run", *STEPS, "--resume", "latest")) == results(straight)
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-000004", "step-000008"]
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +212,11 @@ def test_ctrl_c_leaves_a_readable_run_that_goes_on(
     ("arguments", "message"),
     [
         ("--level O9", "a level must be one of"),
-        ("--micro-batches 16", "must divide by micro-batches times ranks, got 8 for 16 times 1"),
+        ("--micro-batches 16", "must divide by micro-batches times data-parallel ranks, got 8 for 16 times 1"),
+        ("--tensor-parallel 2", "--tensor-parallel must divide the number of ranks, got 2 for 1; give"),
+        ("--tensor-parallel 0", "--tensor-parallel must be positive, got 0"),
+        ("--sequence-parallel", "--sequence-parallel needs a model split over several ranks, got --tensor-parallel 1"),
+        ("--zero-stage 3", "--zero-stage must be 0, 1 or 2, or -1 for the level's own, got 3"),
         ("--steps 0", "--steps must be positive, got 0"),
         ("--lr -1", "--lr must not be negative, got -1"),
         ("--overrides lm_head", "takes pattern=product, got 'lm_head'"),
@@ -249,7 +286,7 @@ def test_more_ranks_than_sequences_is_told_once(text: Path, tmp_path: Path) -> N
         env=environment,
     )
     assert done.returncode != 0
-    assert done.stderr.count("error: --batch-size must divide by micro-batches times ranks, got 1 for 1 times 2") == 1
+    assert done.stderr.count("error: --batch-size must divide by micro-batches times data-parallel ranks, got 1 f") == 1
     assert not (tmp_path / "run").exists()
 
 

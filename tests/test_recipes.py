@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from msamp_like.launchers.pretrain import Settings, check, train
+from msamp_like.launchers.pretrain import train
+from msamp_like.launchers.pretrain_settings import Settings, check
 from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.settings import parse
 

@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from msamp_like.launchers.pretrain import Settings as PretrainSettings
+from msamp_like.launchers.pretrain_settings import Settings as PretrainSettings
 from msamp_like.launchers.settings import Configurable, as_dict, dump, parse
 
 

@@ -8,6 +8,7 @@
 #   NODES        the fewest and the most machines (1:4)
 #   RESTARTS     how often all start again after a failure before torchrun gives up (3)
 #   --batch-size must divide by the ranks of every size that may occur: 96 does for 1 to 4 machines of 8
+#   --tensor-parallel, if given, must divide the ranks of every size too: a checkpoint resumes at the same
 #   --save-every steps between checkpoints: what a failure costs at most
 # The machine at FIRST_NODE holds the rendezvous and has to stay. A folder in OUT without a checkpoint is begun anew.
 set -euo pipefail

@@ -11,6 +11,7 @@
 #   IS_HOST      1 on the first and 0 on the other, where FIRST_NODE is no name that the first one knows itself by
 #   ADDRESS      this machine's own address, where its host name does not lead there
 #   OUT          on storage that both see: the first rank writes, a resume reads on all
+#   --tensor-parallel N splits each model over N neighbours: at most RANKS, or its activations cross between the machines
 set -euo pipefail
 
 : "${FIRST_NODE:?the name or address of one of the two machines}"

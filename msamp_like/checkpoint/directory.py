@@ -7,8 +7,13 @@ it is code: reading one runs none.
 ``identity`` is what the writer says of itself (level, fingerprint of the model, world size, ...). ``load(expect=...)``
 compares the entries that the reader cares about before it reads a tensor.
 
-One process writes: the state of data-parallel training is the same on every rank. Left out: sharded state, and hashes
-of the tensor file.
+One process writes: the state of data-parallel training is the same on every rank. Where a model is split over ranks,
+one process a part writes:
+
+    step-000300.parts/part-0000    a checkpoint by itself, and so are its siblings, each of another process
+    step-000300/part-0000          all parts renamed at once by :func:`join`, behind a ``checkpoint.json`` of the whole
+
+Left out: reading at another number of parts, and hashes of the tensor file.
 """
 
 from __future__ import annotations
@@ -30,6 +35,9 @@ from torch import Tensor
 from msamp_like.checkpoint import tree
 
 SCHEMA = 1
+SCHEMA_OF_PARTS = 2
+"""Of the manifest that stands beside parts and has no state of its own."""
+
 TENSORS = "state.safetensors"
 MANIFEST = "checkpoint.json"
 
@@ -41,16 +49,18 @@ def step_directory(run_directory: Path | str, step: int) -> Path:
     return Path(run_directory, f"step-{step:06d}")
 
 
+def part_directory(directory: Path | str, part: int) -> Path:
+    """Where the writer of part number ``part`` saves it before :func:`join`."""
+    return _unfinished_parts(Path(directory)) / _part_name(part)
+
+
 def save(directory: Path | str, state: Mapping[str, Any], *, identity: Mapping[str, Any]) -> Path:
     """Write ``state`` (see :mod:`msamp_like.checkpoint.tree` for what it may hold) as a new directory.
 
     Raises FileExistsError if the directory is there already: a checkpoint is never overwritten.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(
-            f"a checkpoint is a new directory each time, {directory} exists; remove it or save elsewhere"
-        )
+    _check_new(directory)
     flattener = tree.Flattener()
     described = flattener.describe(dict(state), "state")
     manifest = {"schema": SCHEMA, "identity": dict(identity), "state": described}
@@ -67,14 +77,54 @@ def save(directory: Path | str, state: Mapping[str, Any], *, identity: Mapping[s
     return directory
 
 
-def load(
-    directory: Path | str, *, expect: Mapping[str, Any] | None = None, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """The state that :func:`save` wrote, its tensors on ``device``.
+def join(directory: Path | str, *, parts: int, identity: Mapping[str, Any]) -> Path:
+    """Make a checkpoint of the ``parts`` that as many processes have saved at :func:`part_directory`.
 
-    Raises ValueError if an entry of ``expect`` is not the checkpoint's own, FileNotFoundError if there is none.
+    One process calls it when all have. Raises FileNotFoundError for a part that is not there, FileExistsError if the
+    directory is.
     """
-    manifest = _read_manifest(Path(directory))
+    directory = Path(directory)
+    _check_new(directory)
+    unfinished = _unfinished_parts(directory)
+    missing = [part for part in range(parts) if not (unfinished / _part_name(part) / MANIFEST).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"parts are joined when all {parts} are written, {unfinished} lacks part {missing[0]}; save it first, on "
+            "storage that all writers see"
+        )
+    manifest = {"schema": SCHEMA_OF_PARTS, "identity": dict(identity), "parts": parts}
+    (unfinished / MANIFEST).write_text(json.dumps(manifest, allow_nan=False), encoding="utf-8")
+    for path in (unfinished / MANIFEST, unfinished):
+        _flush(path)
+    unfinished.rename(directory)
+    _flush(directory.parent)
+    return directory
+
+
+def load(
+    directory: Path | str,
+    *,
+    expect: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    part: int = 0,
+    parts: int = 1,
+) -> dict[str, Any]:
+    """The state that :func:`save` wrote, its tensors on ``device``; of a checkpoint of ``parts``, part ``part``.
+
+    Raises ValueError if an entry of ``expect`` is not the checkpoint's own or it has another number of parts,
+    FileNotFoundError if there is none.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    saved_parts = manifest.get("parts", 1)
+    if saved_parts != parts:
+        raise ValueError(
+            f"a checkpoint resumes at the tensor-parallel size it was saved at: {directory} has {saved_parts}, this "
+            f"run has {parts}; run with tensor-parallel {saved_parts}, or start anew without resuming"
+        )
+    if manifest["schema"] == SCHEMA_OF_PARTS:
+        directory = directory / _part_name(part)
+        manifest = _read_manifest(directory)
     for name, wanted in (expect or {}).items():
         found = manifest["identity"].get(name)
         if found != wanted:
@@ -100,16 +150,22 @@ def read_identity(directory: Path | str) -> dict[str, Any]:
 
 def latest(run_directory: Path | str) -> Path:
     """The complete checkpoint of the highest step in a run's directory; raises FileNotFoundError if there is none."""
-    complete = []
-    for path in Path(run_directory).glob("step-*"):
-        match = _COMPLETE.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file():
-            complete.append((int(match[1]), path))
-    if not complete:
+    found = complete(run_directory)
+    if not found:
         raise FileNotFoundError(
             f"{run_directory} must hold a complete checkpoint (step-NNNNNN) to resume from, found none; start anew"
         )
-    return max(complete)[1]
+    return found[-1]
+
+
+def complete(run_directory: Path | str) -> list[Path]:
+    """The complete checkpoints of a run's directory by step, without what a writer that died has left there."""
+    found = []
+    for path in Path(run_directory).glob("step-*"):
+        match = _COMPLETE.fullmatch(path.name)
+        if match and (path / MANIFEST).is_file():
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
@@ -131,10 +187,28 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON: {error}; resume from an older checkpoint") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        schema = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise ValueError(f"{path} must have schema {SCHEMA}, got {schema!r}; read it with the version that wrote it")
-    return manifest
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema not in (SCHEMA, SCHEMA_OF_PARTS):
+        raise ValueError(
+            f"{path} must have schema {SCHEMA} or {SCHEMA_OF_PARTS}, got {schema!r}; read it with the version that "
+            "wrote it"
+        )
+    return dict(manifest)
+
+
+def _check_new(directory: Path) -> None:
+    if directory.exists():
+        raise FileExistsError(
+            f"a checkpoint is a new directory each time, {directory} exists; remove it or save elsewhere"
+        )
+
+
+def _part_name(part: int) -> str:
+    return f"part-{part:04d}"
+
+
+def _unfinished_parts(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.parts")
 
 
 def _compact(tensor: Tensor) -> Tensor:

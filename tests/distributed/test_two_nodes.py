@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from msamp_like.launchers import pretrain
+from msamp_like.launchers.pretrain_settings import Settings
 from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.settings import parse
 from tests.distributed import namespaces
@@ -39,7 +40,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_one_node(rank: int, world: int, group: dist.ProcessGroup, arguments: list[str]) -> None:
-    settings = parse(pretrain.Settings, arguments, program="pretrain")
+    settings = parse(Settings, arguments, program="pretrain")
     pretrain.train(settings, Ranks(rank=rank, local_rank=rank, world=world, local_world=world))
 
 
