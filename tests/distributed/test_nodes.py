@@ -12,6 +12,7 @@ from msamp_like import amp
 from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.group import CountedGroup
 from msamp_like.comm.hierarchical import PARTIAL_SUMS, two_level
+from msamp_like.comm.ledger import expected
 from msamp_like.formats import E4M3
 from msamp_like.policy import O2, Role, Rule
 from msamp_like.tensor import ScalingTensor, real
@@ -126,6 +127,7 @@ def reduced(rank, world, group, branches, between):
         model(tokens=batch(rank), branch=branches[rank]).backward()
         assert model.never.weight.grad is kept
         model.never.weight.grad = None
+        assert {(e.axis, e.collective, e.label): e.sent for e in counted.ledger} == expected(reducer, [])
         answers.append((grads(model), stored_bytes(model)))
     return local, *answers
 
@@ -270,7 +272,7 @@ def refused(rank, world, group):
 
 
 def test_nodes_that_ranks_do_not_fill_are_refused_before_anything_is_changed(ranks):
-    expected = {str(n): ("at least 2", f"got {n} for 4", "leave it out") for n in (0, 1, 3, 4, 8, -2)} | {
+    words = {str(n): ("at least 2", f"got {n} for 4", "leave it out") for n in (0, 1, 3, 4, 8, -2)} | {
         "alone": ("got 2 for 1",),
         "one node": ("got 2 for 2",),
         "differ": ("ranks_per_node", "2 on ranks 0, 2-3", "None on rank 1"),
@@ -278,6 +280,6 @@ def test_nodes_that_ranks_do_not_fill_are_refused_before_anything_is_changed(ran
     }
     for found, unchanged in ranks(4, refused):
         assert unchanged
-        for case, words in expected.items():
+        for case, expected_words in words.items():
             assert found[case].startswith("ValueError")
-            assert all(word in found[case] for word in words), found[case]
+            assert all(word in found[case] for word in expected_words), found[case]
