@@ -70,10 +70,10 @@ def recompute(model: GPT) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def combined(rank, world, group, dims, stage, micro_batches, way):
+def combined(rank, world, group, dims, stage, micro_batches, way, sequence=True):
     """Three steps on a mesh, and the same three in one process on all data."""
     mesh = init_device_mesh("cpu", dims, mesh_dim_names=("dp", "tp"))
-    model = parallelize(fresh(), mesh["tp"], plan_gpt(CONFIG), sequence=True)
+    model = parallelize(fresh(), mesh["tp"], plan_gpt(CONFIG), sequence=sequence)
     options = {"mesh": mesh, "zero_stage": stage, "ranks_per_node": 2 if way == "nodes" else None}
     model, optimizer = amp.initialize(model, optimizer_of(model), level="O3", **options)
     if way == "recomputed":
@@ -135,6 +135,10 @@ def test_on_four_ranks_training_is_that_of_one_process(ranks, stage, micro_batch
     states = [answer["states"] for answer in answers]
     if stage:  # a rank of two has about half of the states, and the two of a tp axis the same share
         assert max(states) < 0.62 * (states[0] + states[2])
+
+
+def test_whole_sequences_on_four_ranks_train_as_one_process(ranks):
+    check(ranks(4, combined, (2, 2), 1, 1, "plain", False))
 
 
 @pytest.mark.slow
