@@ -25,13 +25,17 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 
 @dataclass(kw_only=True)
 class Entry:
-    """One line of a ledger: how often a collective was called under a label, and the bytes this rank sent in it."""
+    """One line of a ledger: how often a collective was called under a label, and the bytes this rank sent in it.
+
+    ``planned`` is what the caller said beforehand that it would be, where it knows only at the call.
+    """
 
     axis: str
     collective: str
     label: str
     calls: int = 0
     sent: int = 0
+    planned: int = 0
 
 
 class Pending:
@@ -97,11 +101,18 @@ class CountedGroup:
         """The next collective starts a new count; until then the ledger shows the step that ends here."""
         self._ended = True
 
-    def _count(self, collective: str, label: str, sent: int) -> str:
+    def plan(self, collective: str, label: str, sent: int) -> None:
+        """Say what the next call of a collective under a label will send, from shapes and formats alone."""
+        self._entry(collective, label).planned += sent
+
+    def _entry(self, collective: str, label: str) -> Entry:
         if self._ended:
             self._entries.clear()
             self._ended = False
-        entry = self._entries.setdefault((collective, label), Entry(axis=self.axis, collective=collective, label=label))
+        return self._entries.setdefault((collective, label), Entry(axis=self.axis, collective=collective, label=label))
+
+    def _count(self, collective: str, label: str, sent: int) -> str:
+        entry = self._entry(collective, label)
         entry.calls += 1
         entry.sent += sent
         return f"{collective} {label!r} on axis {self.axis!r}"

@@ -1,8 +1,8 @@
 """What a step sends, collective by collective: expected from the plan, and counted as it left.
 
-The plan is the buckets of gradients and the parts of weights, fixed when the model is initialized; the count is kept by
-the groups (:mod:`.group`). They are made from different sources, so a collective that nobody planned, or one that sends
-more than it should, shows as a difference.
+The plan is the buckets of gradients and the parts of weights, fixed when the model is initialized, and for activations
+the shapes and formats of each exchange; the count is kept by the groups (:mod:`.group`). They are made from different
+sources, so a collective that nobody planned, or one that sends more than it should, shows as a difference.
 """
 
 from __future__ import annotations
@@ -50,12 +50,21 @@ def ledger(
     plan: dict[Key, int] = {}
     for group in axes.groups:
         plan |= {(group.axis, "all_reduce", label): ring_bytes(4 * n, group.world) for label, n in decisions.items()}
+    if reducer is not None and axes.tensor is not None:
+        plan |= {
+            (axes.tensor.axis, "all_reduce", f"{bucket.name}/partial"): ring_bytes(
+                4 * (bucket.num_elements + len(bucket.parameters)), axes.tensor.world
+            )
+            for bucket in reducer.buckets
+            if bucket.partial
+        }
     if reducer is not None and axes.data is not None:
         plan |= expected(reducer, [p for p in placements if p is not None])
     lines = []
     for group in axes.groups:
         for entry in group.ledger:
             size = plan.get((entry.axis, entry.collective, entry.label))
+            known = entry.planned or None
             lines.append(
                 Line(
                     axis=entry.axis,
@@ -63,7 +72,7 @@ def ledger(
                     label=entry.label,
                     calls=entry.calls,
                     sent=entry.sent,
-                    expected=None if size is None else size * entry.calls,
+                    expected=known if size is None else size * entry.calls,
                 )
             )
     return lines

@@ -80,6 +80,7 @@ class _CrossEntropy(torch.autograd.Function):
         largest = logits.amax(-1).float().clamp(min=torch.finfo(torch.float32).min)  # a rank's may all be -inf
         below = (logits.float() - largest.unsqueeze(-1)).exp().sum(-1)
         chosen = logits.gather(-1, column).squeeze(-1).float().masked_fill(~present, -torch.inf)
+        group.plan("all_gather", label, (group.world - 1) * 3 * target.numel() * torch.float32.itemsize)
         gathered, work = group.all_gather(torch.stack([largest, below, chosen]).unsqueeze(0), label=label)
         work.wait()
         all_largest, all_below, all_chosen = gathered.unbind(1)
