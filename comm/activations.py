@@ -60,7 +60,7 @@ def all_gather(
     """
     with record_function(f"{label}/all_gather"):
         shape = (group.world, math.prod(x.shape[:-1]), x.shape[-1])
-        group.plan("all_gather", label, (group.world - 1) * message_bytes(*shape[1:], rule, x.dtype))
+        group.plan("all_gather", label, (group.world - 1) * message_bytes(shape[1], shape[2], rule, x.dtype))
         gathered, work = group.all_gather(_encoded(x.reshape(1, *shape[1:]), rule), label=label)
         work.wait()
         stacked = _decoded(gathered, shape, rule, x.dtype).to(dtype or x.dtype).view(group.world, *x.shape)
@@ -99,7 +99,7 @@ def _sum_of_own_part(x: Tensor, dim: int, rule: Rule | None, group: CountedGroup
         dim %= x.dim()
         parts = x.unflatten(dim, (group.world, -1)).movedim(dim, 0).contiguous()
         matrices = parts.view(group.world, -1, x.shape[-1])
-        group.plan("all_to_all", label, (group.world - 1) * message_bytes(*matrices.shape[1:], rule, x.dtype))
+        group.plan("all_to_all", label, (group.world - 1) * message_bytes(matrices.shape[1], matrices.shape[2], rule, x.dtype))
         received, work = group.all_to_all(_encoded(matrices, rule), label=label)
         wide = torch.promote_types(x.dtype, torch.float32)
         own = matrices[group.rank].to(wide)

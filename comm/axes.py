@@ -92,25 +92,25 @@ class Axes:
 class Norms:
     """Joins the powers of gradient norms, one a parameter, over the ranks that have the others or the other parts.
 
-    ``owned`` says that a gradient is with its owner alone (ZeRO), ``sharded`` that each tensor-parallel rank has a part
-    of the parameter. A norm of which one rank has all takes part unchanged, so the sum over parameters, always in the
-    order of their names, has the same bits sharded or not.
+    ``owned`` says of each parameter whether its gradient is with its owner alone (ZeRO), ``sharded`` whether each
+    tensor-parallel rank has a part of it. A norm of which one rank has all takes part unchanged, so the sum over
+    parameters, always in the order of their names, has the same bits sharded or not.
     """
 
-    def __init__(self, axes: Axes, *, owned: bool, sharded: Sequence[bool]) -> None:
+    def __init__(self, axes: Axes, *, owned: Sequence[bool], sharded: Sequence[bool]) -> None:
         self.axes = axes
-        self.owned = owned
-        self.sharded = torch.tensor(sharded, dtype=torch.bool)
+        self._joined = [
+            (group, torch.tensor(chosen, dtype=torch.bool))
+            for group, chosen in ((axes.data, owned), (axes.tensor, sharded))
+            if group is not None and any(chosen)
+        ]
 
     def join(self, powers: Tensor, norm_type: float) -> Tensor:
         """FP32 (parameters,) of this rank to those of all that share the layers."""
-        op = _joins(norm_type)
-        if self.owned and self.axes.data is not None:
-            self.axes.data.all_reduce(powers, op, "norm").wait()
-        if self.axes.tensor is not None and bool(self.sharded.any()):
-            summed = powers.clone()
-            self.axes.tensor.all_reduce(summed, op, "norm").wait()
-            powers = torch.where(self.sharded.to(powers.device), summed, powers)
+        for group, chosen in self._joined:
+            joined = powers.clone()
+            group.all_reduce(joined, _joins(norm_type), "norm").wait()
+            powers = torch.where(chosen.to(powers.device), joined, powers)
         return powers
 
     def total(self, total: Tensor, norm_type: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""ZeRO with whole tensors: each parameter has one owner, who alone has its gradient's mean, its states and its master.
+"""ZeRO with whole tensors: each matrix has one owner, who alone has its gradient's mean, its states and its master.
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020,
 https://arxiv.org/abs/1910.02054, cut the parameters into equal shards. A tensor with one scale cannot be cut without
@@ -69,7 +69,8 @@ class Zero(DataParallel):
         named = list(parameters)
         self.stage = stage
         group = group or CountedGroup()
-        trained = list({id(p): p for _, p in named if p.requires_grad}.values())  # a tied parameter has one owner
+        # a tied parameter has one owner; a norm or bias has none: every rank steps it, and nothing has to return
+        trained = list({id(p): p for _, p in named if p.requires_grad and p.dim() >= 2}.values())
         owners = assign_owners([p.numel() for p in trained], group.world)
         self._owner = {id(p): rank for p, rank in zip(trained, owners, strict=True)}
         super().__init__(named, group=group, **{**options, "scattered": trained})
@@ -83,9 +84,13 @@ class Zero(DataParallel):
         found = super().wire
         return replace(found, sent=found.sent + weights)
 
+    def has_owner(self, parameter: Tensor) -> bool:
+        """Whether one rank steps the parameter; one of a single dim is stepped by all."""
+        return id(parameter) in self._owner
+
     def owner(self, parameter: Tensor) -> int:
-        """The rank that steps the parameter; that of a frozen one is 0 and never asked to."""
-        return self._owner.get(id(parameter), 0)
+        """The rank that steps the parameter, or this one where all do."""
+        return self._owner.get(id(parameter), self.group.rank)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Stage 1: gradients stay on their rank and add up, the next backward outside sends the sum. Stage 2: each
@@ -154,7 +159,7 @@ class OwnedWeights:
         self.zero = zero
         self.overlap_forward = overlap_forward
         self._parameters = parameters
-        trained = [(i, p) for i, p in enumerate(parameters) if p.requires_grad]
+        trained = [(i, p) for i, p in enumerate(parameters) if p.requires_grad and zero.has_owner(p)]
         sizes = [((p.device, _format(p)), sum(t.nbytes for t in _stored(p))) for _, p in trained]
         self._parts = [
             _Part(
@@ -189,7 +194,7 @@ class OwnedWeights:
     def gather_states(self, states: Mapping[int, Any]) -> dict[int, Any]:
         """Every rank's states by the position of their parameter; those of other ranks on the CPU. A collective."""
         group = self.zero.group
-        owners = [self.zero.owner(p) for p in self._parameters]
+        owners = [self.zero.owner(p) if self.zero.has_owner(p) else 0 for p in self._parameters]
         own = {i: _dumps(state) for i, state in states.items() if owners[i] == group.rank}
         sizes = torch.zeros(len(owners), dtype=torch.int64, device=self._parameters[0].device)
         for i, raw in own.items():
@@ -200,7 +205,7 @@ class OwnedWeights:
             if size:
                 raw = own[i].to(sizes.device) if i in own else torch.empty(size, dtype=torch.uint8, device=sizes.device)
                 group.broadcast(raw, owners[i], "states")
-                gathered[i] = states[i] if i in own else _loads(raw)
+                gathered[i] = states[i] if i in states else _loads(raw)
         return gathered
 
     def finish(self) -> None:

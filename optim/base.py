@@ -56,7 +56,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     random stream of stochastic rounding, which also depends on parameter, step and role, and on nothing else.
 
     Several ranks that hold different gradients set ``agree_max``, which makes a small tensor its maximum over all of
-    them in place, and :meth:`place` the parameters where each rank steps only its own.
+    them in place, and :meth:`place` the parameters where each rank steps only its own. ``before_update`` is called once
+    a step, when every gradient is there and before anything is stepped.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
@@ -70,6 +71,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._consecutive_skips = 0
         self.agree_max: Callable[[Tensor], None] | None = None
+        self.before_update: Callable[[], None] | None = None
         self.placement: Placement | None = None
 
     def place(self, placement: Placement) -> None:
@@ -105,6 +107,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.before_update is not None:
+            self.before_update()
         if not self._gradients_are_finite():
             self.skipped_steps += 1
             self._consecutive_skips += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -175,7 +176,8 @@ def _reduce_together(model: nn.Module, wiring: Wiring, bucket_bytes: int | None)
         wiring.reducer = DataParallel(named, scattered=split, **options)
     if owned or axes.tensor is not None or axes.pipeline is not None:
         ids = {id(p) for p in split}
-        wiring.norms = Norms(axes, owned=owned, sharded=[id(p) in ids for _, p in named])
+        elsewhere = [isinstance(wiring.reducer, Zero) and wiring.reducer.has_owner(p) for _, p in named]
+        wiring.norms = Norms(axes, owned=elsewhere, sharded=[id(p) in ids for _, p in named])
 
 
 def _optimizer(
@@ -242,7 +244,9 @@ def _roll_with(model: nn.Module, optimizers: Sequence[LowPrecisionOptimizer], wi
     for optimizer, scalers in zip(optimizers, owned, strict=True):
         if wiring.reducer is not None:
             optimizer.register_step_pre_hook(_needs_backward(wiring.reducer))
-        optimizer.register_step_post_hook(_rolls(scalers, wiring.axes))
+        # not after the step: a small reduction would wait on the wire behind the new weights
+        optimizer.before_update = functools.partial(roll, scalers, wiring.axes.reduce_max)
+        optimizer.register_step_post_hook(_ends_step(wiring.axes))
 
 
 def _needs_backward(reducer: DataParallel) -> Callable[..., None]:
@@ -262,12 +266,11 @@ def _needs_backward(reducer: DataParallel) -> Callable[..., None]:
     return checked
 
 
-def _rolls(scalers: list[Scaler], axes: Axes) -> Callable[..., None]:
-    def rolled(*_: Any) -> None:
-        roll(scalers, axes.reduce_max)
+def _ends_step(axes: Axes) -> Callable[..., None]:
+    def ended(*_: Any) -> None:
         axes.end_step()
 
-    return rolled
+    return ended
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -120,7 +120,7 @@ def stage_two_accumulates(rank, world, group):
         model, _, norms = train(rank, world, "O3", stage, 1, 4)
         found.append(norms[0])
         grads = {n: p.grad for n, p in model.named_parameters()}
-        held = [n for n, g in grads.items() if g is not None]
+        held = [n for n, g in grads.items() if g is not None and g.dim() >= 2]  # all ranks step norms and biases
     return found, held
 
 
