@@ -5,9 +5,9 @@
 
 The nodes are two namespaces of this machine, joined by a pair of virtual devices; each runs one gloo rank with 1,024
 tokens a step. The link is as fast as memory, or limited in either direction by a token bucket. Each rank holds a model
-of each level, and the levels take turns of three steps, so that whatever else the machine does falls on both and new
-weights may arrive while the next step begins; at the end of a turn all have arrived. A step is a third of a turn on its
-slower rank, the figures are medians.
+of each level, and the levels take turns of four steps, so that whatever else the machine does falls on both and new
+weights may arrive while the next step begins; at the end of a turn all have arrived. A step is a quarter of a turn on
+its slower rank, the figures are medians.
 
     step_ms        forward, backward with its exchange of gradients, clipping, optimizer
     wire_bytes     what the library counts as sent by a rank in a step
@@ -43,7 +43,7 @@ from tests.distributed.namespaces import PORT, Node, missing, two_nodes
 LEVELS = ("O0", "O3")
 TOKENS = 1024
 TARGET = 1.5
-TURN = 3
+TURN = 4
 
 
 def serve(rank: int, address: str, preset: str, threads: int) -> None:

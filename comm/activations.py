@@ -99,7 +99,9 @@ def _sum_of_own_part(x: Tensor, dim: int, rule: Rule | None, group: CountedGroup
         dim %= x.dim()
         parts = x.unflatten(dim, (group.world, -1)).movedim(dim, 0).contiguous()
         matrices = parts.view(group.world, -1, x.shape[-1])
-        group.plan("all_to_all", label, (group.world - 1) * message_bytes(matrices.shape[1], matrices.shape[2], rule, x.dtype))
+        group.plan(
+            "all_to_all", label, (group.world - 1) * message_bytes(matrices.shape[1], matrices.shape[2], rule, x.dtype)
+        )
         received, work = group.all_to_all(_encoded(matrices, rule), label=label)
         wide = torch.promote_types(x.dtype, torch.float32)
         own = matrices[group.rank].to(wide)

@@ -163,7 +163,7 @@ def default_bucket_bytes(world: int, model_bytes: int) -> int:
     # An eighth of the model, so that most of it leaves while backward goes on. But each rank's part is a message of its
     # own, and one below some 90 KB costs more time than its bytes take (docs/explanation/scale.md); and rings, of
     # world - 1 dependent steps, gain nothing from more than a megabyte a rank.
-    least, most = max(1 << 20, world << 17), max(BUCKET_BYTES, world << 20)
+    least, most = max(1 << 18, world << 17), max(BUCKET_BYTES, world << 20)
     return min(max(model_bytes // 8, least), most)
 
 

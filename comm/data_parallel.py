@@ -1,10 +1,10 @@
 """Data parallelism: every rank holds the model, ``.grad`` is the mean over all ranks when ``backward()`` returns.
 
 A hook per parameter tells when its gradient is there. Buckets of parameters, fixed at construction, are reduced in one
-fixed order while backward goes on: a launch first sends the next bucket, then moves each earlier one a step further, so
-every rank issues the same collectives in the same order whatever its own timing. What is left follows at the end of
-backward. A parameter that the loss did not touch on this rank counts as zero in the mean; one that it touched on none
-keeps the ``.grad`` it had.
+fixed order while backward goes on: a launch first sends the next bucket, then moves those that left some launches ago a
+step further, so every rank issues the same collectives in the same order whatever its own timing. What is left follows
+at the end of backward. A parameter that the loss did not touch on this rank counts as zero in the mean; one that it
+touched on none keeps the ``.grad`` it had.
 
 Matrices whose rule has a scale travel in that format (see :mod:`.collectives`), and where nodes are told of in two hops
 (:mod:`.hierarchical`); the others, and plain parameters, in an ordinary all-reduce in their own dtype. A gradient that
@@ -35,6 +35,9 @@ from msamp_like.comm.reduction import Bucket, add, reduce_plain, reduce_scaled, 
 from msamp_like.formats import BF16
 from msamp_like.policy import Rule
 from msamp_like.tensor import ScalingTensor
+
+TRAVELLING = 4
+"""Buckets that are left to travel behind the newest: to wait for one too early stops backward, not overlaps with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +222,13 @@ class DataParallel:
 
     @torch.no_grad()
     def _launch(self) -> None:
-        """Send the next bucket, then move each earlier one a step further: the oldest is the furthest along."""
+        """Send the next bucket, then move those a step further that have travelled for a while."""
         bucket = self._buckets[self._launched]
         self._launched += 1
-        earlier = self._running
-        self._running = [self._reduce(bucket)]
-        next(self._running[0])
-        self._running = [*(steps for steps in earlier if _advance(steps)), *self._running]
+        started = self._reduce(bucket)
+        next(started)
+        due, travelling = self._running[:-TRAVELLING], self._running[-TRAVELLING:]
+        self._running = [*(steps for steps in due if _advance(steps)), *travelling, started]
 
     def _finish(self) -> None:
         """The end of backward: launch what waits for gradients that will not come, and wait for all."""

@@ -14,7 +14,7 @@ NUM_LAYERS, DIM = 6, 32
 
 
 def test_a_bucket_is_an_eighth_of_the_model_within_what_its_messages_bear():
-    assert default_bucket_bytes(2, 3 << 20) == 1 << 20  # a small model: not so small that latency counts
+    assert default_bucket_bytes(2, 1 << 20) == 1 << 18  # a small model: not so small that latency counts
     assert default_bucket_bytes(2, 32 << 20) == 4 << 20
     assert default_bucket_bytes(8, 7 << 30) == BUCKET_BYTES
     for world in (64, 128, 1024, 4096):

@@ -255,7 +255,7 @@ def test_profiler_ranges_name_bucket_and_leg(ranks):
 
 def overlapped(rank, world, group):
     """Buckets leave while backward goes on: collectives before the last gradient is there."""
-    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(6)))
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(8)))
     model = amp.initialize(model, level="O2", data_parallel=False)[0]
     DataParallel(model.named_parameters(), rule=RULE, group=CountedGroup(), bucket_bytes=32 * 32)
     seen = []
@@ -266,12 +266,13 @@ def overlapped(rank, world, group):
 
 
 def test_buckets_overlap_with_backward_in_one_order(ranks):
-    """Five of six buckets have left before the first layer's gradient; each launch moves the earlier ones a step on."""
+    """Seven of eight buckets have left before the first layer's gradient; a launch moves those a step on that left more
+    than four launches ago."""
     (seen, names), other = ranks(2, overlapped)
     assert (seen, names) == other
     launch = ["alltoall_base", "alltoall_base"]
-    assert seen == [*launch, *launch, "allreduce", *(3 * [*launch, "allgather_base", "allreduce"])]
-    assert sorted(names) == sorted(6 * [*launch, "allreduce", "allgather_base"])
+    assert seen == [*(6 * launch), "allreduce", *launch, "allgather_base", "allreduce"]
+    assert sorted(names) == sorted(8 * [*launch, "allreduce", "allgather_base"])
 
 
 # --- construction, hooks, errors ------------------------------------------------------------------------------------
