@@ -38,7 +38,7 @@ class Spy(TorchDispatchMode):
         handed = tensors[-1]  # all-to-all and all-gather take (output, input); an all-reduce has one
         if name == "alltoall_base":
             splits = [s for s in args if isinstance(s, (list, tuple)) and s and isinstance(s[0], int)]
-            own = splits[-1][self.rank] / sum(splits[-1]) if splits else 1 / self.world
+            own = splits[-1][self.rank] / max(1, sum(splits[-1])) if splits else 1 / self.world
             sent = round(handed.nbytes * (1 - own))
         elif name == "allgather_base":
             sent = handed.nbytes * (self.world - 1)
