@@ -57,6 +57,37 @@ def _wire(r: Result) -> list[tuple[str, str, str]]:
     ]
 
 
+def _loss_gap_sharded(r: Result) -> list[tuple[str, str, str]]:
+    row = r["summary"][r["level"]]
+    seeds = ", ".join(f"{gap:+.4f}" for gap in row["gaps_nats"])
+    return [
+        (
+            f"validation loss, O3 on 4 ranks (dp 2 x tp 2, sequence parallel) minus O0, `tiny`, {r['steps']} steps, "
+            f"{len(row['gaps_nats'])} seeds",
+            f"mean at most {r['gate_nats']} nats",
+            f"{row['mean_gap_nats']:+.4f} ({seeds})",
+        )
+    ]
+
+
+def _network(r: Result) -> list[tuple[str, str, str]]:
+    limited = {
+        preset: next(row for rate, row in rows.items() if "Mbit" in rate) for preset, rows in r["presets"].items()
+    }
+    free = ", ".join(f"`{preset}` {rows['unlimited']['speedup']:.2f}" for preset, rows in r["presets"].items())
+    found = ", ".join(
+        f"`{preset}` {row['speedup']:.2f} ({row['O0']['step_ms']:.0f} to {row['O3']['step_ms']:.0f} ms)"
+        for preset, row in limited.items()
+    )
+    return [
+        (
+            "step of O3 against O0 over a link of 100 Mbit/s, 2 ranks of 1,024 tokens: times as fast",
+            f"at least {r['target_speedup']}",
+            f"{found}; unlimited {free}",
+        )
+    ]
+
+
 def _zero(r: Result) -> list[tuple[str, str, str]]:
     rows = {name: row for name, row in r["rows"].items() if "O3, world 4" in name}
     stages = {stage: [row for name, row in rows.items() if name.endswith(f"stage {stage}")] for stage in (1, 2)}
@@ -172,6 +203,8 @@ ROWS: dict[str, tuple[str, Callable[[Result], list[tuple[str, str, str]]]]] = {
     "loss_gap": ("loss_gap.json", _loss_gap),
     "state": ("state.json", _state),
     "wire": ("wire.json", _wire),
+    "loss_gap_sharded": ("loss_gap_sharded.json", _loss_gap_sharded),
+    "network": ("network.json", _network),
     "zero": ("zero.json", _zero),
     "sequence_bytes": ("sequence_bytes.json", _sequence),
     "reduction_error": ("reduction_error.json", _reduction),
