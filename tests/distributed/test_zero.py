@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from msamp_like import amp
 from msamp_like.comm.zero import assign_owners
+from msamp_like.optim import Lion
 from msamp_like.tensor import ScalingTensor, real
 from tests.distributed.spy import Spy
 from tests.distributed.test_data_parallel import Net, batch, raised, same_bytes
@@ -111,6 +113,28 @@ def test_weights_are_the_bits_of_an_unsharded_run(ranks, world, level, stage, st
         changed = moved(sharded, start)
         assert {"embed.weight", "wide.weight", "left.weight", "right.weight", "one.bias", "norm.weight"} <= set(changed)
         assert not [n for n in changed if n.startswith(("frozen", "never"))]
+
+
+def other_optimizers(rank, world, group, name):
+    """A few steps of another optimizer, sharded and not."""
+    make = {"SGD": partial(torch.optim.SGD, lr=0.3, momentum=0.9), "Lion": partial(Lion, lr=3e-3)}[name]
+    found = []
+    for stage in (0, 1):
+        torch.manual_seed(0)
+        model = Net()
+        model, optimizer = amp.initialize(model, make(model.parameters()), level="O3", zero_stage=stage)
+        for step in range(4):
+            model(tokens=batch(10 * step + rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((values(model), sum(len(state) > 1 for state in optimizer.state.values())))
+    (plain, all_states), (sharded, own_states) = found
+    return [n for n in plain if not torch.equal(plain[n], sharded[n])], own_states < all_states
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lion"])
+def test_any_optimizer_is_sharded_through_its_public_interface(ranks, name):
+    assert ranks(2, other_optimizers, name) == [([], True)] * 2
 
 
 def stage_two_accumulates(rank, world, group):
