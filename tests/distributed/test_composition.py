@@ -143,7 +143,12 @@ def test_whole_sequences_on_four_ranks_train_as_one_process(ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dims", "way"), [((4, 2), "plain"), ((4, 2), "nodes"), pytest.param((2, 4), "plain", marks=pytest.mark.nightly)]
+    ("dims", "way"),
+    [
+        ((4, 2), "plain"),
+        pytest.param((4, 2), "nodes", marks=pytest.mark.nightly),
+        pytest.param((2, 4), "plain", marks=pytest.mark.nightly),
+    ],
 )
 def test_on_eight_ranks_training_is_that_of_one_process(dims, way):
     """As two nodes of four ranks a dp axis has two ranks a node: 0 and 2, and 4 and 6."""

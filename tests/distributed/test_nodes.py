@@ -241,7 +241,7 @@ def test_sums_divide_the_bytes_across_nodes_by_the_ranks_of_one(ranks):
     check_traffic(ranks(4, traffic, 2), 2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_with_four_ranks_a_node_half_of_the_bytes_are_left():
     pool = RankPool(size=8, timeout_s=300)
     try:

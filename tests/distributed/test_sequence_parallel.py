@@ -12,12 +12,12 @@ from msamp_like.comm import activations, sequence_parallel
 from msamp_like.comm.group import CountedGroup
 from msamp_like.comm.sequence_parallel import Route
 from msamp_like.formats import E4M3, E5M2, WHOLE
-from msamp_like.policy import O0, O2, O3, Role, Rule
+from msamp_like.policy import O0, O3, Role, Rule
 from tests.closeness import same_bits, sqnr
 from tests.distributed.spy import Spy
 
 BLOCKS = O3[Role.PARTIAL_OUTPUT]
-RULES = {"as it is": None, "bf16": O0[Role.PARTIAL_OUTPUT], "tensor": O2[Role.PARTIAL_OUTPUT], "blocks": BLOCKS}
+RULES = {"as it is": None, "bf16": O0[Role.PARTIAL_OUTPUT], "tensor": Rule(format=E4M3), "blocks": BLOCKS}
 
 
 def drawn(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

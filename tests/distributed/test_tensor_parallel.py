@@ -452,7 +452,7 @@ def decoder(rank, world, group, sequence):
     copied = copy.deepcopy(model)  # whose hooks lead to a context of its own
     adopt(copied, O3)
     rounded = train_step(copied, autocast=False)
-    context(model).reset()
+    context(model).end_step()
     expected, found = (train_step(one, autocast=False) for one in (whole_model, model))
     summed = whole_grads(model)
     worst = min(sqnr(p.grad, summed[n]) for n, p in whole_model.named_parameters())
@@ -627,7 +627,7 @@ def refused(rank, world, group):
     with pytest.raises(RuntimeError, match="the graph of an earlier forward"):
         parallelize(held, group, {"0": Column()})
     del output
-    with pytest.raises(ValueError, match="rank 0: plan: 0 is Column.*rank 1: plan: 0 is Row"):
+    with pytest.raises(ValueError, match="plan 0 Column.* on rank 0 and Row.* on rank 1"):
         parallelize(nn.Sequential(nn.Linear(8, 8)), group, {"0": Row() if rank else Column()})
     with pytest.raises(ValueError, match=r"one axis of a mesh, got the axes \('dp', 'tp'\)"):
         parallelize(made(), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")), PLAN)
