@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.result import parser, write
 from msamp_like import amp
+from msamp_like.comm.zero import WEIGHTS
 from msamp_like.formats import E4M3
 from msamp_like.models import gpt
 from msamp_like.tensor import ScalingTensor
@@ -75,7 +76,7 @@ def step(rank: int, world: int, group: dist.ProcessGroup, preset: str, level: st
     ledger = amp.wire_ledger(model)
     scaled = {e.label.partition("/scales")[0] for e in ledger if e.label.endswith("/scales")}
     gradients = [e for e in ledger if e.label.partition("/scales")[0] in scaled]
-    weights = [e for e in ledger if e.label.startswith("comm/weights")]
+    weights = [e for e in ledger if e.label.startswith(WEIGHTS)]
     return {
         "elements": sum(p.numel() for p in matrices),
         "held": sum(p.stored_bytes for p in matrices) + max(waiting if stage == 1 else 0, after) + states,

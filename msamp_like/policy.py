@@ -87,7 +87,7 @@ class Rule:
 GEMM_ROLES = (Role.INPUT, Role.WEIGHT, Role.GRAD_OUTPUT)
 
 # Why the output head stays in BF16: its error goes straight into the logits, it is a few per cent of the FLOPs, and
-# every recipe that trains at scale keeps it (what it costs here is not settled: docs/explanation/numerics.md).
+# every recipe that trains at scale keeps it (what FP8 there would cost here is not settled).
 DEFAULT_EXCEPTIONS: tuple[tuple[str, str], ...] = tuple(
     (pattern, "bf16") for name in ("lm_head", "head") for pattern in (name, f"*.{name}")
 )
