@@ -171,14 +171,14 @@ def _casts(r: Result) -> list[Row]:
 
 
 def _step(r: Result) -> list[Row]:
-    ratio, rows = r["ratio_to_O0"], r["variants"]
     return [
         (
-            "CPU step of `tiny`, O2 over O0",
-            f"at most {r['target_O2_to_O0']}",
-            f"{ratio['O2']:.2f} ({rows['O2']['step_ms']:.0f} ms; O0 {rows['O0']['step_ms']:.0f} ms, torch alone "
-            f"{rows['torch']['step_ms']:.0f} ms)",
+            f"CPU step of `{preset}`, O2 over O0",
+            f"at most {r['target_to_O0']}",
+            f"{row['ratio_to_O0']['O2']:.2f} ({row['variants']['O2']['step_ms']:.0f} ms; O0 "
+            f"{row['variants']['O0']['step_ms']:.0f} ms, torch alone {row['variants']['torch']['step_ms']:.0f} ms)",
         )
+        for preset, row in r["presets"].items()
     ]
 
 
