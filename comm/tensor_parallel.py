@@ -104,7 +104,7 @@ def parallelize(
     agree({"plan": plan_lines, "sequence": sequence}, group, next(model.parameters()).device)
     replicate([*model.named_parameters(), *model.named_buffers()], group)
     shared = Context(group, sequence=sequence)
-    entered = [f"{name}." for name, _, entry in found if isinstance(entry, Enter)]
+    entered = [f"{name}." if name else "" for name, _, entry in found if isinstance(entry, Enter)]
     for one in found:
         _BECOMES[type(one.entry)](one, shared, any(one.name.startswith(prefix) for prefix in entered))
     _shard(model, group)
