@@ -128,7 +128,8 @@ def prepare(settings: Settings, ranks: Ranks) -> Job:
 def convert(model: GPT, config: GPTConfig, settings: Settings, ranks: Ranks) -> tuple[Any, Any]:
     """(model, optimizer) in the level's precision, over all ranks; from here on ``model`` is this rank's part of it."""
     if ranks.mesh is not None:
-        parallelize(model, ranks.mesh["tp"], plan_gpt(config), sequence=settings.sequence_parallel)
+        split = {"sequence": settings.sequence_parallel, "overlap": settings.tensor_parallel_overlap}
+        parallelize(model, ranks.mesh["tp"], plan_gpt(config), **split)
     return amp.initialize(
         model,
         make_optimizer(model, settings),

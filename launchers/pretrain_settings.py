@@ -39,6 +39,7 @@ class Settings(Configurable):
 
     tensor_parallel: int = 1  # Ranks that one model is split over; the others see other samples.
     sequence_parallel: bool = False  # Split activations between the split products along the sequence too.
+    tensor_parallel_overlap: bool = False  # Multiply one part of a sequence while another travels.
     zero_stage: int = -1  # What data-parallel ranks share out: 0 nothing, 1 states, 2 gradients too (-1: the level's).
 
     batch_size: int = 8  # Sequences of a step, over all ranks and micro-batches.
@@ -111,6 +112,11 @@ def check_split(settings: Settings, world: int) -> None:
         raise ValueError(
             "--sequence-parallel needs a model split over several ranks, got --tensor-parallel 1; give "
             "--tensor-parallel 2 or more, or leave it out"
+        )
+    if settings.tensor_parallel_overlap and not settings.sequence_parallel:
+        raise ValueError(
+            "--tensor-parallel-overlap is of split sequences, got it without --sequence-parallel; give both, or leave "
+            "it out"
         )
     if settings.sequence_parallel and config.context % split:
         raise ValueError(

@@ -73,6 +73,12 @@ class Scaler(torch.nn.Module):
         self.filled = steps
         self.delayed = 0 < self.rule.history <= steps
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows may be quantized some after others, with the same result: their scale is delayed, or their own,
+        or there is none."""
+        return self.delayed or self.rule.block[0] == 1 or not self.rule.format.scaled
+
     def quantize(self, x: Tensor, record: bool) -> Operand:
         """``x`` as stored; with ``record``, its amax takes part in the history."""
         rule = self.rule

@@ -49,6 +49,22 @@ class LinearGemm(torch.nn.Module):
         """What ``F.linear(input, weight, bias)`` does with this weight."""
         return linear(input, weight, bias, self)
 
+    def output(self, input: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
+        """``input @ weight^T`` as stored, or the rows of it that ``input`` has."""
+        with record_function(f"{self.name}/output"):
+            return kernels.scaled_matmul(input, weight, "nt", dtype)
+
+    def grad_input(self, grad_output: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
+        """``grad_output @ weight`` as stored, or the rows of it that ``grad_output`` has."""
+        with record_function(f"{self.name}/grad_input"):
+            return kernels.scaled_matmul(grad_output, weight, "nn", dtype)
+
+    def grad_weight(self, grad_output: Operand, input: Operand, outer_dtype: torch.dtype) -> ScalingTensor:
+        """``grad_output^T @ input`` as stored, a BF16 payload."""
+        with record_function(f"{self.name}/grad_weight"):
+            product = kernels.scaled_matmul(grad_output, input, "tn", BF16.dtype)
+        return unscaled(product, outer_dtype)
+
     def extra_repr(self) -> str:
         return f"weight: {self.weight_rule}"
 
@@ -58,18 +74,28 @@ def linear(input: Tensor, weight: ScalingTensor, bias: Tensor | None, gemm: Line
 
     Returns the autocast dtype where autocast is on, else the input's.
     """
-    if input.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"the input's last dim must be in_features {weight.shape[1]}, got shape {tuple(input.shape)}; "
-            "transpose or project it first"
-        )
-    device = input.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    check_features(input, weight)
+    dtype = product_dtype(input)
     record = torch.is_grad_enabled() and gemm.training
     output = _Linear.apply(input.reshape(-1, weight.shape[1]), weight, gemm, dtype, record)
     if bias is not None:
         output = output + bias.to(dtype)
     return output.view(*input.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def check_features(input: Tensor, weight: Tensor) -> None:
+    """Raises ValueError unless ``input`` has the features that ``weight`` reads."""
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"the input's last dim must be in_features {weight.shape[1]}, got shape {tuple(input.shape)}; "
+            "transpose or project it first"
+        )
+
+
+def product_dtype(input: Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on, else the input's."""
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
 
 
 class _Linear(torch.autograd.Function):
@@ -88,8 +114,7 @@ class _Linear(torch.autograd.Function):
         ctx.gemm, ctx.record = gemm, record
         ctx.blocks = stored_input.block, stored_weight.block
         ctx.dtypes = dtype, input.dtype, weight.dtype
-        with record_function(f"{gemm.name}/output"):
-            return kernels.scaled_matmul(stored_input, stored_weight, "nt", dtype)
+        return gemm.output(stored_input, stored_weight, dtype)
 
     @staticmethod
     @once_differentiable  # the casts have no second derivative, and silence would make it zero
@@ -97,18 +122,15 @@ class _Linear(torch.autograd.Function):
         input_payload, input_scale_inv, weight_payload, weight_scale_inv = ctx.saved_tensors
         input_block, weight_block = ctx.blocks
         dtype, input_dtype, weight_dtype = ctx.dtypes
-        name = ctx.gemm.name
-        with record_function(f"{name}/quantize grad_output"):
-            stored_grad = ctx.gemm.grad_output.quantize(grad_output, ctx.record)
+        gemm: LinearGemm = ctx.gemm
+        with record_function(f"{gemm.name}/quantize grad_output"):
+            stored_grad = gemm.grad_output.quantize(grad_output, ctx.record)
         grad_input = grad_weight = None
         if weight_payload is not None:
             operand = Operand(weight_payload, weight_scale_inv, weight_block)
-            with record_function(f"{name}/grad_input"):
-                # in the autocast dtype first, as autocast's own products are
-                grad_input = kernels.scaled_matmul(stored_grad, operand, "nn", dtype).to(input_dtype)
+            # in the autocast dtype first, as autocast's own products are
+            grad_input = gemm.grad_input(stored_grad, operand, dtype).to(input_dtype)
         if input_payload is not None:
             operand = Operand(input_payload, input_scale_inv, input_block)
-            with record_function(f"{name}/grad_weight"):
-                product = kernels.scaled_matmul(stored_grad, operand, "tn", BF16.dtype)
-            grad_weight = unscaled(product, weight_dtype)
+            grad_weight = gemm.grad_weight(stored_grad, operand, weight_dtype)
         return grad_input, grad_weight, None, None, None
