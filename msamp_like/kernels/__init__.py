@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from msamp_like.formats import Block, Format, format_of, grid_shape
-from msamp_like.kernels import cpu, reference
+from msamp_like.kernels import cpu, grouped, reference
 from msamp_like.kernels.reference import AdamScalars, Noise, Operand, adam_update
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "adam_update",
     "amax",
     "dequantize",
+    "grouped_matmul",
     "quantize",
     "quantize_amax",
     "quantize_current",
@@ -51,6 +52,8 @@ _SCHEMAS = (
     "dequantize(Tensor payload, Tensor scale_inv, int[2] block, ScalarType dtype) -> Tensor",
     "scaled_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
     " str layout, ScalarType dtype) -> Tensor",
+    "grouped_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
+    " Tensor offsets, str layout, ScalarType dtype) -> Tensor",
     "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
     " Tensor value) -> ()",
     "adam_step_(Tensor(a!) param, Tensor(b!) param_scale_inv, int[2] param_block, SymInt[]? param_noise,"
@@ -106,6 +109,11 @@ def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Te
     return _OPS.scaled_matmul.default(*a[:3], *b[:3], layout, dtype)
 
 
+def grouped_matmul(a: Operand, b: Operand, offsets: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+    """See :mod:`.grouped`; the order of the sum is the device's, so the last bits may differ."""
+    return _OPS.grouped_matmul.default(*a[:3], *b[:3], offsets, layout, dtype)
+
+
 def store_(target: Operand, value: Tensor) -> None:
     """See :func:`.reference.store_`."""
     _OPS.store_.default(*target, value)
@@ -127,7 +135,8 @@ def _on_cpu(name: str) -> ModuleType:
 @functools.cache
 def _on_cuda(name: str) -> ModuleType:
     """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
-    file = {"adam_step_": "triton_adam", "scaled_matmul": "cuda"}.get(name, "triton_casts")
+    files = {"adam_step_": "triton_adam", "scaled_matmul": "cuda", "grouped_matmul": "triton_grouped"}
+    file = files.get(name, "triton_casts")
     if importlib.util.find_spec("triton") is None:
         return reference
     twin = importlib.import_module(f"msamp_like.kernels.{file}")
@@ -180,6 +189,15 @@ class _Device:
         with torch.autocast(a.payload.device.type, enabled=False):  # which would take the product in FP16 and overflow
             return self.pick("scaled_matmul").scaled_matmul(a, b, *arguments[6:])
 
+    def grouped_matmul(self, *arguments: Any) -> Tensor:
+        a, b = _operand(*arguments[:3]), _operand(*arguments[3:6])
+        twin, multiply = self.pick("grouped_matmul"), self.pick("scaled_matmul").scaled_matmul
+        with torch.autocast(a.payload.device.type, enabled=False):
+            if hasattr(twin, "grouped_matmul") and twin.takes(a, b):
+                return twin.grouped_matmul(a, b, *arguments[6:])
+            offsets, layout, dtype = arguments[6:]
+            return grouped.by_expert(a, b, offsets, layout, dtype, multiply)
+
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
 
@@ -220,6 +238,13 @@ def _empty_product(
     return torch.empty((left.shape[0], right.shape[1]), dtype=dtype, device=a.device)
 
 
+def _empty_grouped(
+    a: Tensor, a_scale_inv: Tensor, a_block: list[int], b: Tensor, b_scale_inv: Tensor, b_block: list[int],
+    offsets: Tensor, layout: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return grouped.empty_product(a, b, offsets, layout, dtype)
+
+
 _SHAPES: dict[str, Callable[..., Any]] = {
     "amax": _empty_grid,
     "scale_inv_from_amax": lambda amax, dtype, margin, power_of_two: torch.empty(
@@ -234,6 +259,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     ),
     "dequantize": lambda payload, scale_inv, block, dtype: _empty_payload(payload, dtype),
     "scaled_matmul": _empty_product,
+    "grouped_matmul": _empty_grouped,
     "store_": lambda *arguments: None,
     "adam_step_": lambda *arguments: None,
 }
