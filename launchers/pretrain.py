@@ -35,13 +35,17 @@ from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.run import FIGURE, Progress, Run, environment, peak_memory_bytes, wire_table, wire_text
 from msamp_like.launchers.settings import as_dict, dump, parse
 from msamp_like.models.gpt import GPT, GPTConfig
+from msamp_like.optim import Muon, muon_groups
 
 LAST = 20
 """Steps over which the summary's training loss is the mean."""
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms and biases alone."""
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW, that decays matrices and leaves norms and biases alone."""
+    if settings.optimizer == "muon":
+        groups = muon_groups(model, weight_decay=settings.weight_decay)
+        return Muon(groups, lr=learning_rate(settings, 0), betas=settings.betas)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -47,8 +47,9 @@ class Settings(Configurable):
     lr: float = 0.0  # Peak learning rate (0: the preset's).
     warmup_steps: int = -1  # Steps of linear warm-up (-1: a tenth of the steps, at most 1,000).
     final_lr: float = 0.1  # Learning rate at the end of the cosine, as a share of the peak.
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Muon steps the matrices of hidden layers, AdamW the rest.
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors.
-    weight_decay: float = 0.1  # AdamW's decay, of matrices alone.
+    weight_decay: float = 0.1  # Decoupled decay, of matrices alone.
     clip: float = 1.0  # Largest norm of the gradient.
     seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
 

@@ -61,6 +61,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    needs_whole_matrices: ClassVar[bool] = False
+    """Whether an update reads more of a matrix than the element that it writes: a shard cannot be stepped alone."""
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, policy: Policy | None = None, seed: int = 0
@@ -85,6 +87,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         return self.placement is None or self.placement.owns(param)
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
+
+    def roles_of(self, group: Group) -> Mapping[str, Role]:
+        """The states of a group's parameters, where groups differ; ``roles`` then names those of all."""
+        return self.roles
 
     def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
         """Pure FP32 update: new [param, *states] from the old; ``step`` counts from 1."""
@@ -159,14 +165,16 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE) * grad.scale_inv
 
     def _step_parameter(self, param: Tensor, group: Group, index: int) -> None:
-        state = self._initialized(param)
+        state = self._initialized(param, group)
         state["step"] += 1
         step = int(state["step"])
         master = state.get("master_weight", param)
         where = (index, step) if isinstance(param, ScalingTensor) else None
         betas = self.betas(group)
         operands = [self._operand(master, Role.MASTER_WEIGHT, None, where)]
-        operands += [self._operand(state[name], role, betas.get(name), where) for name, role in self.roles.items()]
+        operands += [
+            self._operand(state[name], role, betas.get(name), where) for name, role in self.roles_of(group).items()
+        ]
         grad = self._operand(param.grad, Role.GRAD_WEIGHT, None, None)  # type: ignore[arg-type]
         if not self.fused_update(operands[0], grad, operands[1:], group, step):
             values = [kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32) for o in (grad, *operands)]
@@ -192,11 +200,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     # --- states -----------------------------------------------------------------------------------------------------
 
-    def _initialized(self, param: Tensor) -> State:
+    def _initialized(self, param: Tensor, group: Group) -> State:
         state = self.state[param]
         if "step" not in state:
             state["step"] = 0
-        for name, role in self.roles.items():
+        for name, role in self.roles_of(group).items():
             if name not in state:
                 zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
                 state[name] = self.stored(param, zeros, role)
@@ -217,12 +225,14 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             return value.detach().float().clone()
         return quantize(value.detach().float(), rule)
 
-    def adopt(self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None) -> None:
+    def adopt(
+        self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None, group: Group | None = None
+    ) -> None:
         """Take over the states of an optimizer that has stepped, and the master of a weight that is now stored."""
         if not self._owns(param):
             return
         taken: State = {"step": _steps(states)}
-        for name, role in self.roles.items():
+        for name, role in (self.roles if group is None else self.roles_of(group)).items():
             if states.get(name) is not None:
                 taken[name] = self.stored(param, states[name], role)
         if original is not None and self._keeps_master(param):
@@ -252,9 +262,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in old.items() if key != "params"})
         self.state.clear()
-        for param, saved in self._saved(state_dict):
+        for param, own, saved in self._saved(state_dict):
             if self._owns(param):
-                self._load_parameter(param, saved)
+                self._load_parameter(param, saved, own)
         self.seed = int(state_dict.get("seed", self.seed))
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
 
@@ -266,12 +276,12 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                 f"a saved optimizer state must have the same parameter groups, got sizes {saved_sizes} for {sizes}; "
                 "build the optimizer as it was when the state was saved"
             )
-        for param, saved in self._saved(state_dict):
-            names = set(saved) - {"step", "master_weight"}
-            if names and names != set(self.roles):
+        for param, group, saved in self._saved(state_dict):
+            names, expected = set(saved) - {"step", "master_weight"}, self.roles_of(group)
+            if names and names != set(expected):
                 raise ValueError(
                     f"a saved optimizer state must be of a {type(self).__name__}, whose states are "
-                    f"{', '.join(self.roles)}, got {', '.join(sorted(names))}; build the optimizer of the checkpoint"
+                    f"{', '.join(expected)}, got {', '.join(sorted(names))}; build the optimizer of the checkpoint"
                 )
             for name, value in saved.items():
                 if name != "step" and value is not None and value.shape != param.shape:
@@ -280,15 +290,15 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                         f"{tuple(value.shape)}; the checkpoint is of another model"
                     )
 
-    def _saved(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, Mapping[str, Any]]]:
-        """Each parameter that has a saved state, and the state."""
+    def _saved(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, Group, Mapping[str, Any]]]:
+        """Each parameter that has a saved state, its group, and the state."""
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         pairs = zip(self._parameters(), indices, strict=True)
-        return ((param, state_dict["state"][i]) for (param, _), i in pairs if i in state_dict["state"])
+        return ((param, group, state_dict["state"][i]) for (param, group), i in pairs if i in state_dict["state"])
 
-    def _load_parameter(self, param: Tensor, saved: Mapping[str, Any]) -> None:
+    def _load_parameter(self, param: Tensor, saved: Mapping[str, Any], group: Group) -> None:
         state: State = {"step": _steps(saved)}
-        for name, role in (*self.roles.items(), ("master_weight", Role.MASTER_WEIGHT)):
+        for name, role in (*self.roles_of(group).items(), ("master_weight", Role.MASTER_WEIGHT)):
             value = saved.get(name)
             if value is None or (name == "master_weight" and not self._keeps_master(param)):
                 continue

@@ -11,6 +11,7 @@ from torch import Tensor
 from msamp_like.optim.adam import Adam, AdamW
 from msamp_like.optim.base import LowPrecisionOptimizer, Placement
 from msamp_like.optim.lion import Lion
+from msamp_like.optim.muon import Muon
 from msamp_like.optim.sgd import SGD
 from msamp_like.policy import Policy
 
@@ -18,7 +19,8 @@ _OURS: Mapping[type[torch.optim.Optimizer], type[LowPrecisionOptimizer]] = {
     torch.optim.AdamW: AdamW,
     torch.optim.Adam: Adam,
     torch.optim.SGD: SGD,
-    **{ours: ours for ours in (Adam, AdamW, SGD, Lion)},
+    torch.optim.Muon: Muon,
+    **{ours: ours for ours in (Adam, AdamW, SGD, Lion, Muon)},
 }
 _REFUSED = ("amsgrad", "maximize", "differentiable")
 
@@ -60,7 +62,7 @@ def from_torch(
     for group in made.param_groups:
         for param in group["params"]:
             states: Mapping[str, Any] = optimizer.state.get(param, {})
-            made.adopt(param, states, originals.get(param))
+            made.adopt(param, states, originals.get(param), group)
     optimizer.state.clear()  # its states are ours now; two copies would double the memory
     made.register_step_post_hook(_tells_schedulers(optimizer))
     return made

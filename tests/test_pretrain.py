@@ -144,10 +144,11 @@ def test_a_batch_divides_by_the_models_not_by_the_ranks() -> None:
 STEPS = ("--steps", "8", "--save-every", "4", "--eval-every", "4")
 
 
-@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
-def test_a_resume_continues_to_the_bit(text: Path, tmp_path: Path, level: str) -> None:
+@pytest.mark.parametrize(("level", "optimizer"), [("O0", "adamw"), ("O1", "adamw"), ("O2", "adamw"), ("O2", "muon")])
+def test_a_resume_continues_to_the_bit(text: Path, tmp_path: Path, level: str, optimizer: str) -> None:
     """Past step 16, when the amax histories are full and what they hold decides the scales."""
     arguments = ("--steps", "20", "--save-every", "18", "--level", level, "--micro-batches", "2")
+    arguments += ("--optimizer", optimizer)
     straight = run(text, tmp_path / "straight", *arguments)
     resumed = run(text, tmp_path / "resumed", *arguments, "--resume", str(tmp_path / "straight" / "step-000018"))
     assert results(resumed) == results(straight)[18:]

@@ -215,14 +215,20 @@ def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], overri
             )
     known = {id(p): name for name, p in model.named_parameters()}
     owner: dict[int, int] = {}
+    split = {id(p) for p in _split_parameters(model)}
     for number, optimizer in enumerate(optimizers):
-        check(optimizer)
+        needs_whole = check(optimizer).needs_whole_matrices
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in known:
                     raise ValueError(
                         f"an optimizer's parameters must be the model's, got one of shape {tuple(parameter.shape)} "
                         "that is not; build it on model.parameters() of this very model, after moving it to its device"
+                    )
+                if needs_whole and id(parameter) in split:
+                    raise ValueError(
+                        f"a {type(optimizer).__name__} steps whole matrices, got {known[id(parameter)]!r}, which is "
+                        "split over ranks; step split parameters with AdamW, in an optimizer of their own"
                     )
                 if owner.setdefault(id(parameter), number) != number:
                     raise ValueError(

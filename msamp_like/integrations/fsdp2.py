@@ -35,12 +35,12 @@ from msamp_like.integrations.fsdp2_communication import communicate
 from msamp_like.integrations.fsdp2_optimizer import (
     ShardedOptimizer,
     agree_on_scales,
+    check_rowwise,
     device_of,
     local_of,
     rows_of,
     shard_of,
 )
-from msamp_like.optim import check
 from msamp_like.policy import Policy, Role
 from msamp_like.scaling import Scaler
 from msamp_like.telemetry.report import Report
@@ -207,7 +207,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
 
 
 def _names_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[list[str]]:
-    check(optimizer)
+    check_rowwise(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) not in names:

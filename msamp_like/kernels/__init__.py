@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from msamp_like.formats import Block, Format, format_of, grid_shape
-from msamp_like.kernels import cpu, reference
+from msamp_like.kernels import attention as attention_reference
+from msamp_like.kernels import cpu, grouped, reference
 from msamp_like.kernels.reference import AdamScalars, Noise, Operand, adam_update
 
 __all__ = [
@@ -32,7 +33,10 @@ __all__ = [
     "adam_step_",
     "adam_update",
     "amax",
+    "attention_backward",
+    "attention_forward",
     "dequantize",
+    "grouped_matmul",
     "quantize",
     "quantize_amax",
     "quantize_current",
@@ -51,6 +55,15 @@ _SCHEMAS = (
     "dequantize(Tensor payload, Tensor scale_inv, int[2] block, ScalarType dtype) -> Tensor",
     "scaled_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
     " str layout, ScalarType dtype) -> Tensor",
+    "grouped_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
+    " Tensor offsets, str layout, ScalarType dtype) -> Tensor",
+    "attention_forward(Tensor query, Tensor query_scale_inv, int[2] query_block,"
+    " Tensor key, Tensor key_scale_inv, int[2] key_block, Tensor value, Tensor value_scale_inv, int[2] value_block,"
+    " float scale, bool causal, ScalarType dtype) -> (Tensor, Tensor)",
+    "attention_backward(Tensor query, Tensor query_scale_inv, int[2] query_block,"
+    " Tensor key, Tensor key_scale_inv, int[2] key_block, Tensor value, Tensor value_scale_inv, int[2] value_block,"
+    " Tensor grad, Tensor grad_scale_inv, int[2] grad_block, Tensor log_sum, Tensor delta,"
+    " float scale, bool causal, ScalarType format, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
     " Tensor value) -> ()",
     "adam_step_(Tensor(a!) param, Tensor(b!) param_scale_inv, int[2] param_block, SymInt[]? param_noise,"
@@ -106,6 +119,27 @@ def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Te
     return _OPS.scaled_matmul.default(*a[:3], *b[:3], layout, dtype)
 
 
+def grouped_matmul(a: Operand, b: Operand, offsets: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+    """See :mod:`.grouped`; the order of the sum is the device's, so the last bits may differ."""
+    return _OPS.grouped_matmul.default(*a[:3], *b[:3], offsets, layout, dtype)
+
+
+def attention_forward(
+    query: Operand, key: Operand, value: Operand, scale: float, causal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See :func:`.attention.attention`."""
+    return _OPS.attention_forward.default(*query[:3], *key[:3], *value[:3], scale, causal, dtype)
+
+
+def attention_backward(
+    query: Operand, key: Operand, value: Operand, grad_output: Operand, log_sum: Tensor, delta: Tensor,
+    scale: float, causal: bool, format: Format, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`.attention.attention_backward`."""
+    operands = (*query[:3], *key[:3], *value[:3], *grad_output[:3], log_sum, delta)
+    return _OPS.attention_backward.default(*operands, scale, causal, format.dtype, dtype)
+
+
 def store_(target: Operand, value: Tensor) -> None:
     """See :func:`.reference.store_`."""
     _OPS.store_.default(*target, value)
@@ -127,7 +161,14 @@ def _on_cpu(name: str) -> ModuleType:
 @functools.cache
 def _on_cuda(name: str) -> ModuleType:
     """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
-    file = {"adam_step_": "triton_adam", "scaled_matmul": "cuda"}.get(name, "triton_casts")
+    files = {
+        "adam_step_": "triton_adam",
+        "scaled_matmul": "cuda",
+        "grouped_matmul": "triton_grouped",
+        "attention": "triton_attention",
+        "attention_backward": "triton_attention",
+    }
+    file = files.get(name, "triton_casts")
     if importlib.util.find_spec("triton") is None:
         return reference
     twin = importlib.import_module(f"msamp_like.kernels.{file}")
@@ -180,6 +221,24 @@ class _Device:
         with torch.autocast(a.payload.device.type, enabled=False):  # which would take the product in FP16 and overflow
             return self.pick("scaled_matmul").scaled_matmul(a, b, *arguments[6:])
 
+    def grouped_matmul(self, *arguments: Any) -> Tensor:
+        a, b = _operand(*arguments[:3]), _operand(*arguments[3:6])
+        twin, multiply = self.pick("grouped_matmul"), self.pick("scaled_matmul").scaled_matmul
+        with torch.autocast(a.payload.device.type, enabled=False):
+            if hasattr(twin, "grouped_matmul") and twin.takes(a, b):
+                return twin.grouped_matmul(a, b, *arguments[6:])
+            offsets, layout, dtype = arguments[6:]
+            return grouped.by_expert(a, b, offsets, layout, dtype, multiply)
+
+    def attention_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        operands, (scale, causal, dtype) = _operands(arguments[:9]), arguments[9:]
+        return _attention(self.pick("attention")).attention(*operands, scale, causal, dtype)
+
+    def attention_backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        operands, (log_sum, delta, scale, causal, format, dtype) = _operands(arguments[:12]), arguments[12:]
+        twin = _attention(self.pick("attention_backward"))
+        return twin.attention_backward(*operands, log_sum, delta, scale, causal, format_of(format), dtype)
+
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
 
@@ -201,6 +260,14 @@ def _operand(payload: Tensor, scale_inv: Tensor, block: list[int], noise: list[i
     return Operand(payload, scale_inv, _block(block), _noise(noise))
 
 
+def _operands(arguments: tuple[Any, ...]) -> list[Operand]:
+    return [_operand(*arguments[i : i + 3]) for i in range(0, len(arguments), 3)]
+
+
+def _attention(twin: Any) -> Any:
+    return twin if hasattr(twin, "attention_backward") else attention_reference
+
+
 # --- shapes, for torch.compile and FakeTensor -----------------------------------------------------------------------
 
 
@@ -220,6 +287,13 @@ def _empty_product(
     return torch.empty((left.shape[0], right.shape[1]), dtype=dtype, device=a.device)
 
 
+def _empty_grouped(
+    a: Tensor, a_scale_inv: Tensor, a_block: list[int], b: Tensor, b_scale_inv: Tensor, b_block: list[int],
+    offsets: Tensor, layout: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return grouped.empty_product(a, b, offsets, layout, dtype)
+
+
 _SHAPES: dict[str, Callable[..., Any]] = {
     "amax": _empty_grid,
     "scale_inv_from_amax": lambda amax, dtype, margin, power_of_two: torch.empty(
@@ -234,6 +308,14 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     ),
     "dequantize": lambda payload, scale_inv, block, dtype: _empty_payload(payload, dtype),
     "scaled_matmul": _empty_product,
+    "grouped_matmul": _empty_grouped,
+    "attention_forward": lambda query, *rest: (
+        torch.empty(query.shape, dtype=rest[-1], device=query.device),
+        torch.empty(query.shape[:3], dtype=torch.float32, device=query.device),
+    ),
+    "attention_backward": lambda *arguments: tuple(
+        torch.empty(arguments[i].shape, dtype=arguments[-1], device=arguments[i].device) for i in (0, 3, 6)
+    ),
     "store_": lambda *arguments: None,
     "adam_step_": lambda *arguments: None,
 }

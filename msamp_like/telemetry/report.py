@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from msamp_like.nn.conversion import Plan
+from msamp_like.nn.grouped import GroupedLinear
 from msamp_like.tensor import ScalingTensor
 
 
@@ -28,8 +29,8 @@ class Row:
 class Report:
     """Rows and the share of the linear layers' FLOPs and of the matrices' bytes that are in FP8 products.
 
-    FLOPs are those of the linear layers, 2 * in_features * out_features a token; attention scores, convolutions and
-    norms are outside of the count.
+    FLOPs are those of the linear layers, 2 * in_features * out_features a token, of grouped ones a row that reaches
+    them; attention scores, convolutions and norms are outside of the count.
     """
 
     level: str
@@ -78,6 +79,8 @@ def _row(plan: Plan) -> Row:
     weights = _matrices(plan.module)
     lookup = isinstance(plan.module, (nn.Embedding, nn.EmbeddingBag))
     flops = 0 if lookup else 2 * sum(w.numel() for w in weights)
+    if isinstance(plan.module, GroupedLinear):
+        flops //= plan.module.num_experts  # a row goes through one of them
     stored = sum(w.stored_bytes if isinstance(w, ScalingTensor) else w.nbytes for w in weights)
     kind = type(plan.module).__name__
     return Row(name=plan.name, kind=kind, product=plan.product, reason=plan.reason, flops=flops, bytes=stored)
