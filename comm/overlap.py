@@ -17,7 +17,8 @@ whole, so where that comes from the tensor at hand (current scaling, or a histor
 multiplied when all of it has arrived. Only the sum inside a product may end in another last bit, if the device takes it
 in another order for fewer rows. What is not finite flags the products of its own part.
 
-Left out: products with plain weights, and those whose input a module around them has gathered for several.
+Left out: products with plain weights, those whose operands have a scale for each direction (recipes rowwise, blockwise
+and mxfp8) or a factor a channel, and those whose input a module around them has gathered for several.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from msamp_like.comm.sequence_parallel import SEQUENCE_DIM, Route, check_divides
 from msamp_like.kernels import Operand
 from msamp_like.nn.functional import LinearGemm, check_features, product_dtype
 from msamp_like.scaling import Scaler
-from msamp_like.tensor import ScalingTensor
+from msamp_like.tensor import ScalingTensor, unscaled
 
 
 class Overlap:
@@ -47,14 +48,14 @@ class Overlap:
         self._gather_linear = torch.compiler.disable(_GatherLinear.apply)
         self._linear_scatter = torch.compiler.disable(_LinearScatter.apply)
 
-    def gather_linear(self, x: Tensor, weight: ScalingTensor, gemm: LinearGemm, route: Route) -> Tensor:
+    def gather_linear(self, x: Tensor, weight: Tensor, gemm: LinearGemm, route: Route) -> Tensor:
         """``gather(x) @ weight^T``: x (..., T / ranks, in_features) to (..., T, out_features)."""
         check_features(x, weight)
         dtype = product_dtype(x)
         record = torch.is_grad_enabled() and gemm.training
         return self._gather_linear(x.to(dtype), weight, gemm, route, record)  # type: ignore[no-any-return]
 
-    def linear_scatter(self, x: Tensor, weight: ScalingTensor, gemm: LinearGemm, route: Route) -> Tensor:
+    def linear_scatter(self, x: Tensor, weight: Tensor, gemm: LinearGemm, route: Route) -> Tensor:
         """``scatter(x @ weight^T)``: x (..., T, in_features) to (..., T / ranks, out_features)."""
         check_features(x, weight)
         check_divides(x, route)
@@ -92,7 +93,7 @@ class _GatherLinear(torch.autograd.Function):
             )
             next(travelling)
         if stored_input is not None:
-            grad_weight = gemm.grad_weight(stored, stored_input, ctx.weight_dtype)
+            grad_weight = unscaled(gemm.grad_weight(stored, stored_input), ctx.weight_dtype)
         if travelling is not None:
             grad_input = finish(travelling)
         return grad_input, grad_weight, None, None, None
@@ -116,7 +117,7 @@ class _LinearScatter(torch.autograd.Function):
         ctx.gemm, ctx.route, ctx.record = gemm, route, record
         ctx.dtypes = dtype, x.dtype
         world, label = route.group.world, f"{route.label}/forward"
-        if stored.scale_inv.shape[0] == 1 or stored.block[0] == 1:
+        if stored.scale_inv.numel() == 1:
 
             def make(rank: int) -> Tensor:
                 return gemm.output(_part(stored, x.shape, rank, world), stored_weight, dtype)
@@ -145,7 +146,7 @@ class _LinearScatter(torch.autograd.Function):
         arriving = activations.gather_parts(grad_output, route.rule, route.group, f"{route.label}/backward")
         stored, grad_input = _multiplied(arriving, gemm.grad_output, ctx.record, grad_output.shape, route, product)
         if stored_input is not None:
-            grad_weight = gemm.grad_weight(stored, stored_input, ctx.weight_dtype)
+            grad_weight = unscaled(gemm.grad_weight(stored, stored_input), ctx.weight_dtype)
         return grad_input, grad_weight, None, None, None, None
 
 
@@ -182,19 +183,15 @@ def _multiplied(
 
 
 def _joined(parts: Sequence[Operand], shape: torch.Size) -> Operand:
-    """Parts that were quantized apart as one: with the scales of their rows, or the one of all, +inf if one is."""
+    """Parts that were quantized apart under one scale; +inf if that of one is."""
     payload = _side_by_side([part.payload.view(torch.uint8) for part in parts], shape).view(parts[0].payload.dtype)
-    scales = [part.scale_inv for part in parts]
-    block = parts[0].block
-    scale_inv = _side_by_side(scales, shape) if block[0] == 1 else torch.stack(scales).amax(0)
-    return Operand(payload, scale_inv, block)
+    return Operand(payload, torch.stack([part.scale_inv for part in parts]).amax(0), parts[0].block)
 
 
 def _part(stored: Operand, shape: torch.Size, rank: int, world: int) -> Operand:
-    """A rank's part of the sequences of a stored tensor that is (..., T, C)."""
+    """A rank's part of the sequences of a stored tensor that is (..., T, C), under one scale."""
     payload = _rows_of(stored.payload.view(torch.uint8), shape, rank, world).view(stored.payload.dtype)
-    scales = stored.scale_inv if stored.block[0] != 1 else _rows_of(stored.scale_inv, shape, rank, world)
-    return Operand(payload, scales, stored.block)
+    return Operand(payload, stored.scale_inv, stored.block)
 
 
 def _rows(x: Tensor) -> Tensor:

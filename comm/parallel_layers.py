@@ -84,17 +84,24 @@ class Context:
         return sequence_parallel.scatter(x, route) if self.sequence else sequence_parallel.reduce(x, route)
 
     def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, label: str) -> Tensor:
-        """``F.linear(enter(x), weight, bias)``, beside each other where the weight is converted and overlap is on."""
-        if self.overlap is None or not isinstance(weight, ScalingTensor) or not isinstance(weight.gemm, LinearGemm):
+        """``F.linear(enter(x), weight, bias)``, beside each other where overlap is on and the products allow."""
+        gemm = self._by_parts(weight)
+        if gemm is None or self.overlap is None:
             return F.linear(self.enter(x, label), weight, bias)
-        output = self.overlap.gather_linear(x, weight, weight.gemm, self.route(label))
+        output = self.overlap.gather_linear(x, weight, gemm, self.route(label))
         return output if bias is None else output + bias.to(output.dtype)
 
     def linear_leave(self, x: Tensor, weight: Tensor, label: str) -> Tensor:
         """``leave(F.linear(x, weight))``, likewise."""
-        if self.overlap is None or not isinstance(weight, ScalingTensor) or not isinstance(weight.gemm, LinearGemm):
+        gemm = self._by_parts(weight)
+        if gemm is None or self.overlap is None:
             return self.leave(F.linear(x, weight), label)
-        return self.overlap.linear_scatter(x, weight, weight.gemm, self.route(label))
+        return self.overlap.linear_scatter(x, weight, gemm, self.route(label))
+
+    def _by_parts(self, weight: Tensor) -> LinearGemm | None:
+        """What takes the products of a weight part by part, beside their exchanges."""
+        gemm = weight.gemm if self.overlap is not None and isinstance(weight, ScalingTensor) else None
+        return gemm if isinstance(gemm, LinearGemm) and gemm.by_parts else None
 
 
 class Parallel:

@@ -30,7 +30,14 @@ from msamp_like import amp, checkpoint
 from msamp_like.comm.tensor_parallel import parallelize, plan_gpt
 from msamp_like.launchers import compare
 from msamp_like.launchers.corpus import Batches, Corpus, load_corpus, validation_batches
-from msamp_like.launchers.pretrain_settings import Settings, check, learning_rate, model_config, parse_overrides
+from msamp_like.launchers.pretrain_settings import (
+    Settings,
+    check,
+    learning_rate,
+    model_config,
+    parse_overrides,
+    precision,
+)
 from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.run import FIGURE, Progress, Run, environment, peak_memory_bytes, wire_table, wire_text
 from msamp_like.launchers.settings import as_dict, dump, parse
@@ -167,6 +174,7 @@ def train_step(job: Job, forward: Callable[..., Any], step: int) -> dict[str, An
     rate = learning_rate(job.settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
+    amp.set_precision(model, precision(job.settings, step))
     optimizer.zero_grad()
     loss = torch.zeros((), device=job.device)
     for micro_batch in range(micro_batches):

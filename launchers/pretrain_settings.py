@@ -53,8 +53,9 @@ class Settings(Configurable):
     clip: float = 1.0  # Largest norm of the gradient.
     seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
 
-    recipe: Literal["", "delayed", "current"] = ""  # Scaling of activations (empty: the level's own).
-    overrides: tuple[str, ...] = ()  # Modules kept out: pattern=product, product one of fp8, bf16, skip.
+    recipe: Literal["", "delayed", "current", "rowwise", "blockwise", "mxfp8"] = ""  # Scales (empty: the level's own).
+    overrides: tuple[str, ...] = ()  # Products by module: pattern=product, product one of fp8, smooth, bf16, skip.
+    bf16_last: float = 0.0  # Share of the steps, at the end, that take their products in BF16.
     dtype: Literal["bf16", "fp32"] = "bf16"  # Autocast of what is not in FP8.
     compile: bool = False  # Compile the model with torch.compile.
 
@@ -80,6 +81,8 @@ def check(settings: Settings, world: int) -> None:
     for name in (*sizes, "lr", "final_lr", "weight_decay", "seed", "save_every", "threads"):
         if getattr(s, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(s, name)}; raise it")
+    if not 0 <= s.bf16_last <= 1:
+        raise ValueError(f"--bf16-last is a share of the steps, 0 to 1, got {s.bf16_last}; give 0.1 for the last tenth")
     if s.zero_stage not in (-1, 0, 1, 2):
         raise ValueError(
             f"--zero-stage must be 0, 1 or 2, or -1 for the level's own, got {s.zero_stage}; sharded parameters (3) "
@@ -141,6 +144,11 @@ def model_config(settings: Settings) -> GPTConfig:
     """The preset with the settings' own sizes."""
     own = {name: getattr(settings, name) for name in ("vocab_size", "context", "dim", "num_layers", "num_heads")}
     return replace(PRESETS[settings.preset], **{name: size for name, size in own.items() if size})
+
+
+def precision(settings: Settings, step: int) -> str:
+    """Of the products of step number ``step``, from 0: "fp8", as the level has it, and "bf16" in the last part."""
+    return "bf16" if step >= settings.steps - round(settings.steps * settings.bf16_last) else "fp8"
 
 
 def learning_rate(settings: Settings, step: int) -> float:

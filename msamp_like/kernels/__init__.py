@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msamp_like.formats import Block, Format, format_of, grid_shape
+from msamp_like.formats import Block, Format, check_same_kind, format_of, grid_shape
 from msamp_like.kernels import attention as attention_reference
 from msamp_like.kernels import cpu, grouped, reference
 from msamp_like.kernels.reference import AdamScalars, Noise, Operand, adam_update
@@ -39,6 +39,7 @@ __all__ = [
     "grouped_matmul",
     "quantize",
     "quantize_amax",
+    "quantize_both",
     "quantize_current",
     "scale_inv_from_amax",
     "scaled_matmul",
@@ -52,6 +53,8 @@ _SCHEMAS = (
     "quantize_amax(Tensor x, Tensor scale_inv, ScalarType dtype, int[2] block) -> (Tensor, Tensor)",
     "quantize_current(Tensor x, ScalarType dtype, int[2] block, int margin, bool power_of_two)"
     " -> (Tensor, Tensor, Tensor)",
+    "quantize_both(Tensor x, ScalarType dtype, int[2] block, int margin, bool power_of_two)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "dequantize(Tensor payload, Tensor scale_inv, int[2] block, ScalarType dtype) -> Tensor",
     "scaled_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
     " str layout, ScalarType dtype) -> Tensor",
@@ -109,13 +112,24 @@ def quantize_current(
     return _OPS.quantize_current.default(x, format.dtype, block, margin, power_of_two)
 
 
+def quantize_both(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`.reference.quantize_both`."""
+    return _OPS.quantize_both.default(x, format.dtype, block, margin, power_of_two)
+
+
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference.dequantize`."""
     return _OPS.dequantize.default(payload, scale_inv, block, dtype)
 
 
 def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:
-    """See :func:`.reference.scaled_matmul`; the order of the sum is the device's, so the last bits may differ."""
+    """See :func:`.reference.scaled_matmul`; the order of the sum is the device's, so the last bits may differ.
+
+    Raises ValueError for an OCP and a fnuz FP8 operand together.
+    """
+    check_same_kind(a.payload.dtype, b.payload.dtype)
     return _OPS.scaled_matmul.default(*a[:3], *b[:3], layout, dtype)
 
 
@@ -164,14 +178,14 @@ def _on_cuda(name: str) -> ModuleType:
     files = {
         "adam_step_": "triton_adam",
         "scaled_matmul": "cuda",
+        "quantize_both": "triton_both",
         "grouped_matmul": "triton_grouped",
         "attention": "triton_attention",
         "attention_backward": "triton_attention",
     }
-    file = files.get(name, "triton_casts")
     if importlib.util.find_spec("triton") is None:
         return reference
-    twin = importlib.import_module(f"msamp_like.kernels.{file}")
+    twin = importlib.import_module(f"msamp_like.kernels.{files.get(name, 'triton_casts')}")
     return twin if hasattr(twin, name) else reference
 
 
@@ -212,6 +226,12 @@ class _Device:
     ) -> tuple[Tensor, Tensor, Tensor]:
         twin = self.pick("quantize_current")
         return twin.quantize_current(x.contiguous(), format_of(dtype), _block(block), margin, power_of_two)
+
+    def quantize_both(
+        self, x: Tensor, dtype: torch.dtype, block: list[int], margin: int, power_of_two: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        twin = self.pick("quantize_both")
+        return twin.quantize_both(x.contiguous(), format_of(dtype), _block(block), margin, power_of_two)
 
     def dequantize(self, payload: Tensor, scale_inv: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
         return self.pick("dequantize").dequantize(payload.contiguous(), scale_inv, _block(block), dtype)
@@ -279,6 +299,11 @@ def _empty_grid(x: Tensor, block: list[int]) -> Tensor:
     return torch.empty(grid_shape(x.shape, _block(block)), dtype=torch.float32, device=x.device)
 
 
+def _empty_both(x: Tensor, dtype: torch.dtype, block: list[int], margin: int, power_of_two: bool) -> tuple[Tensor, ...]:
+    crossed = torch.empty(x.t().shape, dtype=x.dtype, device=x.device)
+    return _empty_payload(x, dtype), _empty_grid(x, block), _empty_payload(crossed, dtype), _empty_grid(crossed, block)
+
+
 def _empty_product(
     a: Tensor, a_scale_inv: Tensor, a_block: list[int], b: Tensor, b_scale_inv: Tensor, b_block: list[int],
     layout: str, dtype: torch.dtype,
@@ -306,6 +331,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         _empty_grid(x, block),
         _empty_grid(x, block),
     ),
+    "quantize_both": _empty_both,
     "dequantize": lambda payload, scale_inv, block, dtype: _empty_payload(payload, dtype),
     "scaled_matmul": _empty_product,
     "grouped_matmul": _empty_grouped,

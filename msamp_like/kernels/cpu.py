@@ -3,8 +3,8 @@
 The library is optional. Where it was not built or cannot be loaded, :func:`status` says why and the reference runs. It
 uses OpenMP without bringing a runtime: torch's own is made visible before loading, so both share one pool of threads.
 
-Where a case has no fast path (float64 input, an Adam step over two-dimensional blocks) the functions here call the
-reference themselves: the result is the same, bit for bit.
+Where a case has no fast path (float64 input, AMD's fnuz formats, an Adam step over two-dimensional blocks) the
+functions here call the reference themselves: the result is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def _noise(noise: Noise | None) -> _Noise | None:
     return None if noise is None else _Noise(*(word & _MASK for word in noise))
 
 
-def _has_fast_path(x: Tensor) -> bool:
-    return x.dtype in _REAL_DTYPES and x.numel() > 0
+def _has_fast_path(x: Tensor, stored: torch.dtype = torch.float32) -> bool:
+    return x.dtype in _REAL_DTYPES and x.numel() > 0 and stored in _TYPES
 
 
 def _scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
@@ -184,7 +184,7 @@ def amax(x: Tensor, block: Block) -> Tensor:
 
 def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_two: bool = True) -> Tensor:
     """See :func:`.reference.scale_inv_from_amax`."""
-    if amax.dtype != torch.float32:
+    if amax.dtype != torch.float32 or format.dtype not in _TYPES:
         return reference.scale_inv_from_amax(amax, format, margin, power_of_two)
     amax = amax.contiguous()
     scale_inv = torch.empty_like(amax)
@@ -194,7 +194,7 @@ def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_
 
 def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: Noise | None = None) -> Tensor:
     """See :func:`.reference.quantize`."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize(x, scale_inv, format, block, noise)
     payload = torch.empty(x.shape, dtype=format.dtype)
     quantize_into(payload, x, scale_inv, block, noise)
@@ -203,7 +203,7 @@ def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: 
 
 def quantize_amax(x: Tensor, scale_inv: Tensor, format: Format, block: Block) -> tuple[Tensor, Tensor]:
     """See :func:`.reference.quantize_amax`; reads ``x`` once."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize_amax(x, scale_inv, format, block)
     payload = torch.empty(x.shape, dtype=format.dtype)
     largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
@@ -232,16 +232,26 @@ def quantize_current(
     x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`.reference.quantize_current`; reads ``x`` once where a block is a run of at most 4096 elements."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize_current(x, format, block, margin, power_of_two)
     payload = torch.empty(x.shape, dtype=format.dtype)
     scale_inv = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
     return payload, scale_inv, _quantize_current(payload, scale_inv, block, None, x, format, margin, power_of_two)
 
 
+def quantize_both(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`.reference.quantize_both`; two passes and a transposed copy between them."""
+    payload, scale_inv, _ = quantize_current(x, format, block, margin, power_of_two)
+    crossed, crossed_scale_inv, _ = quantize_current(x.t().contiguous(), format, block, margin, power_of_two)
+    return payload, scale_inv, crossed, crossed_scale_inv
+
+
 def store_(target: Operand, value: Tensor) -> None:
     """See :func:`.reference.store_`; writes in place."""
-    if not _has_fast_path(value) or not (target.payload.is_contiguous() and target.scale_inv.is_contiguous()):
+    contiguous = target.payload.is_contiguous() and target.scale_inv.is_contiguous()
+    if not _has_fast_path(value, target.payload.dtype) or not contiguous:
         return reference.store_(target, value)
     _scales(target.scale_inv, value.shape, target.block)
     format = format_of(target.payload.dtype)
@@ -271,7 +281,7 @@ def _quantize_current(
 
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference.dequantize`."""
-    if payload.numel() == 0 or dtype not in _REAL_DTYPES:
+    if payload.numel() == 0 or dtype not in _REAL_DTYPES or payload.dtype not in _TYPES:
         return reference.dequantize(payload, scale_inv, block, dtype)
     real = torch.empty(payload.shape, dtype=dtype)
     dequantize_into(real, payload, scale_inv, block)
@@ -368,7 +378,8 @@ def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, s
 def _common_tile(operands: tuple[Operand, ...]) -> int | None:
     """Elements in the tiles of a fused step, or None where the operands' blocks have no tile in common."""
     contiguous = all(t.payload.is_contiguous() and t.scale_inv.is_contiguous() for t in operands[:3])
-    if operands[0].payload.numel() == 0 or not contiguous:
+    known = all(t.payload.dtype in _TYPES for t in operands)
+    if operands[0].payload.numel() == 0 or not contiguous or not known:
         return None
     tiles = set()
     for operand in operands:

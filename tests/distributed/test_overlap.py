@@ -40,8 +40,8 @@ DELAYED = O3.with_rule(Role.INPUT, Rule(format=E4M3, history=1)).with_rule(
 ROWS = O3.with_rule(Role.INPUT, Rule(format=E4M3, block=(1, 128))).with_rule(
     Role.GRAD_OUTPUT, Rule(format=E5M2, block=(1, 128))
 )
-SQUARES = O3.with_rule(Role.INPUT, Rule(format=E4M3, block=(8, 128)))
-POLICIES = {"O0": O0, "delayed": DELAYED, "current": O2, "rows": ROWS, "squares": SQUARES}
+SQUARES = O3.with_rule(Role.INPUT, Rule(format=E4M3, block=(8, 8)))
+POLICIES = {"O0": O0, "delayed": DELAYED, "current": O2, "squares": SQUARES, "rows": ROWS}
 PRODUCTS = {"nt": "output", "nn": "grad_input", "tn": "grad_weight"}
 
 
