@@ -154,7 +154,7 @@ def test_numbers_of_roles_are_fixed():
         (lambda: resolve(None), "got None"),
         (lambda: resolve(["O2"]), "got .*O2"),
         (lambda: O2.with_rule("wieght", "e5m2"), "role must be one of .* did you mean 'weight'"),
-        (lambda: O2.with_rule("weight", "e5m3"), "format must be one of .* did you mean 'e5m2'"),
+        (lambda: O2.with_rule("weight", "e5m4"), "format must be one of .* did you mean 'e5m2'"),
         (lambda: O2.with_recipe("delay"), "recipe must be one of .* did you mean 'delayed'"),
         (lambda: O2.override({"a": "fp16"}), "override of 'a' must be one of .*got 'fp16'"),
         (

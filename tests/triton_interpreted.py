@@ -12,7 +12,7 @@ import itertools
 import pytest
 import torch
 
-from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP8_FORMATS, FP16, ROW, WHOLE
+from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP8_FORMATS, FP16, ROW, UE5M3, WHOLE
 from msamp_like.kernels import cuda, reference, triton_adam, triton_casts
 from msamp_like.kernels.reference import AdamScalars, Operand
 from tests.operands import (
@@ -88,7 +88,7 @@ def test_rounding_on_both_sides_of_every_tie(format):
     assert same(triton_casts.quantize(x, one, format, WHOLE), reference.quantize(x, one, format, WHOLE))
 
 
-@pytest.mark.parametrize("format", [E4M3, E5M2, FP16, BF16], ids=str)
+@pytest.mark.parametrize("format", [E4M3, E5M2, UE5M3, FP16, BF16], ids=str)
 def test_every_code_decodes(format):
     payload = every_code(format)
     scale_inv = torch.full((1, 1), 0.75)

@@ -14,15 +14,15 @@
 
 namespace {
 
-enum Type { FP32, BF16, FP16, E4M3, E5M2, TYPES };
-constexpr int64_t SIZE[TYPES] = {4, 2, 2, 1, 1};
+enum Type { FP32, BF16, FP16, E4M3, E5M2, UE5M3, TYPES };
+constexpr int64_t SIZE[TYPES] = {4, 2, 2, 1, 1, 1};
 constexpr int64_t TILE = 2048;                   // elements worked on at a time where values are staged in the L1 cache
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;   // below that, waking a thread costs more than it saves
 constexpr int64_t STREAMED_BYTES = 16 << 20;    // results of this size would fill a last-level cache
 constexpr int32_t INFINITE = 0x7f800000;  // bits of FP32, as are those a NaN lies above
 
 constexpr int32_t largest_bits(int type) {
-    constexpr int32_t bits[TYPES] = {0x7f7fffff, 0x7f7f0000, 0x477fe000, 0x43e00000, 0x47600000};
+    constexpr int32_t bits[TYPES] = {0x7f7fffff, 0x7f7f0000, 0x477fe000, 0x43e00000, 0x47600000, 0x47700000};
     return bits[type];
 }
 
@@ -30,9 +30,11 @@ template <int Format>
 struct Spec {
     static constexpr int32_t largest = largest_bits(Format);
     static constexpr int mantissa =
-        Format == FP32 ? 23 : Format == BF16 ? 7 : Format == FP16 ? 10 : Format == E4M3 ? 3 : 2;
+        Format == FP32 ? 23 : Format == BF16 ? 7 : Format == FP16 ? 10 : Format == E5M2 ? 2 : 3;
     static constexpr int smallest_field = Format == E4M3 ? 121 : Format == FP32 || Format == BF16 ? 1 : 113;
-    static constexpr float step = Format == E4M3 ? 0x1p-9f : 0x1p-16f;  // of the subnormals of the 8-bit formats
+    // of the subnormals of the 8-bit formats
+    static constexpr float step = Format == E4M3 ? 0x1p-9f : Format == E5M2 ? 0x1p-16f : 0x1p-17f;
+    static constexpr bool has_sign = Format != UE5M3;
     // Below this exponent field, 2^-(bits of a step) would leave FP32: BF16 values under 2^-119 share one step.
     static constexpr int stochastic_field = smallest_field > mantissa ? smallest_field : mantissa + 1;
 };

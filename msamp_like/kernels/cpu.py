@@ -29,6 +29,7 @@ _TYPES = {  # the order of enum Type in cpu.cpp
     torch.float16: 2,
     torch.float8_e4m3fn: 3,
     torch.float8_e5m2: 4,
+    torch.uint8: 5,
 }
 _REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIMD_NAMES = ("baseline", "AVX2", "AVX-512")

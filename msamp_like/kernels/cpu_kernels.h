@@ -145,19 +145,32 @@ INLINE F half_to_float(const uint8_t* from) {
 #endif
 }
 
+// A UE5M3 code is the upper byte of a half without its sign.
+INLINE F code_to_float(I code) {
+#if LANES == 16
+    return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code << 7)));
+#elif LANES == 8
+    const __m256i halves = _mm256_packus_epi32((__m256i)(code << 7), (__m256i)(code << 7));
+    return (F)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xd8)));
+#else
+    return (F)code;  // not called: this instruction set has no conversion
+#endif
+}
+
 template <int Type>
 INLINE F byte_to_float(const uint8_t* from) {
     const I code = widened_bytes(from);
-    const I magnitude = code & 0x7f;
+    if constexpr (Type == UE5M3 && LANES >= 8) return code_to_float(code);
+    const I magnitude = Spec<Type>::has_sign ? code & 0x7f : code;
     constexpr int mantissa = Spec<Type>::mantissa;
     const I normal = (magnitude << (23 - mantissa)) + ((Spec<Type>::smallest_field - 1) << 23);
     const I subnormal = (I)(__builtin_convertvector(magnitude, F) * floats(Spec<Type>::step));
     I value = magnitude < (1 << mantissa) ? subnormal : normal;
-    if constexpr (Type == E5M2)
-        value = magnitude >= 0x7c ? (magnitude << 21) | 0x7f800000 : value;
-    else
+    if constexpr (Type == E4M3)
         value = magnitude == 0x7f ? integers(0x7fc00000) : value;
-    return (F)(value | (code & 0x80) << 24);
+    else
+        value = magnitude >= (0x1f << mantissa) ? (magnitude << (23 - mantissa)) | 0x7f800000 : value;
+    return (F)(Spec<Type>::has_sign ? value | (code & 0x80) << 24 : value);
 }
 
 template <int Type>
@@ -185,6 +198,8 @@ struct Parts {
 template <int Type>
 INLINE Parts parts(F real) {
     const I raw = (I)real, unclamped = raw & 0x7fffffff, largest = integers(Spec<Type>::largest);
+    if constexpr (!Spec<Type>::has_sign)
+        return {raw, unclamped, raw < 0 ? I{} : unclamped < largest ? unclamped : largest, unclamped > INFINITE};
     return {raw, unclamped, unclamped < largest ? unclamped : largest, unclamped > INFINITE};
 }
 
@@ -192,8 +207,9 @@ INLINE Parts parts(F real) {
 template <int Type>
 INLINE I signed_code(I code, const Parts& of) {
     constexpr int shift = 32 - 8 * SIZE[Type];
-    constexpr int nan = Type == FP16 ? 0x7e00 : Type == BF16 ? 0x7fc0 : 0x7f;
+    constexpr int nan = Type == FP16 ? 0x7e00 : Type == BF16 ? 0x7fc0 : Type == UE5M3 ? 0xfc : 0x7f;
     code = of.is_nan ? integers(nan) : code;
+    if constexpr (!Spec<Type>::has_sign) return code;
     return code | ((I)((U)of.raw >> shift) & (0x80 << (8 * SIZE[Type] - 8)));
 }
 
@@ -485,14 +501,16 @@ typedef void (*DecodeRun)(const uint8_t*, uint8_t*, int64_t, float);
 #define MODES_OF(In, Out) \
     { encode_run<In, Out, PLAIN>, encode_run<In, Out, NOISY>, encode_run<In, Out, WITH_AMAX> }
 #define ENCODERS_OF(In) \
-    { MODES_OF(In, FP32), MODES_OF(In, BF16), MODES_OF(In, FP16), MODES_OF(In, E4M3), MODES_OF(In, E5M2) }
+    { MODES_OF(In, FP32), MODES_OF(In, BF16), MODES_OF(In, FP16), MODES_OF(In, E4M3), MODES_OF(In, E5M2), \
+      MODES_OF(In, UE5M3) }
 #define DECODERS_OF(In) \
     { decode_run<In, FP32>, decode_run<In, BF16>, decode_run<In, FP16> }
 
 static const EncodeRun ENCODERS[3][TYPES][MODES] = {ENCODERS_OF(FP32), ENCODERS_OF(BF16), ENCODERS_OF(FP16)};
-static const AmaxRun AMAXES[TYPES] = {amax_run<FP32>, amax_run<BF16>, amax_run<FP16>, amax_run<E4M3>, amax_run<E5M2>};
+static const AmaxRun AMAXES[TYPES] = {amax_run<FP32>, amax_run<BF16>, amax_run<FP16>, amax_run<E4M3>, amax_run<E5M2>,
+                                       amax_run<UE5M3>};
 static const DecodeRun DECODERS[TYPES][3] = {
-    DECODERS_OF(FP32), DECODERS_OF(BF16), DECODERS_OF(FP16), DECODERS_OF(E4M3), DECODERS_OF(E5M2)};
+    DECODERS_OF(FP32), DECODERS_OF(BF16), DECODERS_OF(FP16), DECODERS_OF(E4M3), DECODERS_OF(E5M2), DECODERS_OF(UE5M3)};
 
 #undef MODES_OF
 #undef ENCODERS_OF

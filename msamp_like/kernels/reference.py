@@ -20,10 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msamp_like.formats import FP32, Block, Format, block_extent, format_of, grid_shape, matrix_shape
+from msamp_like.formats import FP32, UE5M3, Block, Format, block_extent, format_of, grid_shape, matrix_shape
 
 MAX_EXPONENT = 126
 """Scales are clamped to [2^-126, 2^126]: both a scale and its reciprocal are then normal FP32 numbers."""
+
+UE5M3_NAN = 0xFC
+"""The upper byte of FP16's quiet NaN, without the sign."""
 
 
 class Noise(NamedTuple):
@@ -108,7 +111,25 @@ def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: 
     scaled = torch.where(flagged, torch.zeros_like(scaled), scaled)
     if noise is not None and format is not FP32:
         scaled = round_stochastically(scaled, format, noise)
-    return scaled.clamp(-format.largest, format.largest).to(format.dtype).view(x.shape)
+    return encode(scaled.clamp(-format.largest if format.signed else 0.0, format.largest), format).view(x.shape)
+
+
+def encode(value: Tensor, format: Format) -> Tensor:
+    """FP32 within the format's range to its codes, rounded to nearest even; NaN stays NaN."""
+    if format is not UE5M3:
+        return value.to(format.dtype)
+    field = (value.contiguous().view(torch.int32) >> 23).clamp(min=_exponent_field(format))
+    steps_per_unit = ((254 + format.mantissa_bits - field) << 23).view(torch.float32)
+    steps = torch.round(value * steps_per_unit).nan_to_num(0.0).int()
+    code = ((field - _exponent_field(format)) << format.mantissa_bits) + steps
+    return torch.where(value.isnan(), UE5M3_NAN, code).to(torch.uint8)
+
+
+def decode(payload: Tensor) -> Tensor:
+    """FP32 value of every code; exact."""
+    if payload.dtype != UE5M3.dtype:
+        return payload.float()
+    return (payload.to(torch.int16) << 7).view(torch.float16).float()
 
 
 def quantize_amax(x: Tensor, scale_inv: Tensor, format: Format, block: Block) -> tuple[Tensor, Tensor]:
@@ -127,7 +148,7 @@ def quantize_current(
 
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """``payload * scale_inv`` in FP32, rounded once to ``dtype``; shape of ``payload``."""
-    matrix = payload.reshape(matrix_shape(payload.shape)).float()
+    matrix = decode(payload.reshape(matrix_shape(payload.shape)))
     return (matrix * expand_scales(scale_inv, payload.shape, block)).to(dtype).view(payload.shape)
 
 
