@@ -49,6 +49,7 @@ class Settings(Configurable):
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors.
     weight_decay: float = 0.1  # AdamW's decay, of matrices alone.
     clip: float = 1.0  # Largest norm of the gradient.
+    gradient_release: bool = False  # Step each parameter in backward, free its gradient; clip by the last step's norm.
     seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
 
     recipe: Literal["", "delayed", "current"] = ""  # Scaling of activations (empty: the level's own).
@@ -82,6 +83,11 @@ def check(settings: Settings, world: int) -> None:
         raise ValueError(
             f"--zero-stage must be 0, 1 or 2, or -1 for the level's own, got {s.zero_stage}; sharded parameters (3) "
             "are not built: give 2"
+        )
+    if s.gradient_release and s.micro_batches > 1:
+        raise ValueError(
+            f"--gradient-release frees a gradient in the backward that made it, got --micro-batches {s.micro_batches}; "
+            "take one micro-batch a step, or leave it out"
         )
     check_split(s, world)
     models = world // s.tensor_parallel

@@ -16,6 +16,7 @@ from torch import Tensor
 from msamp_like import kernels
 from msamp_like.formats import WHOLE
 from msamp_like.kernels import Noise, Operand
+from msamp_like.optim.release import GradientRelease, Released
 from msamp_like.policy import O2, Policy, Role, Rule
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, real
@@ -73,6 +74,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.agree_max: Callable[[Tensor], None] | None = None
         self.before_update: Callable[[], None] | None = None
         self.placement: Placement | None = None
+        self.released: Released | None = None
 
     def place(self, placement: Placement) -> None:
         """Step only what ``placement`` says that this rank owns; states of other parameters are dropped."""
@@ -80,6 +82,16 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for param, _ in self._parameters():
             if not placement.owns(param):
                 self.state.pop(param, None)
+
+    def release(self, settings: GradientRelease) -> Released:
+        """Step each parameter when :meth:`.Released.take` brings its gradient; :meth:`step` closes the step."""
+        pairs = list(self._parameters())
+
+        def update(index: int) -> None:
+            self._step_parameter(*pairs[index], index)
+
+        self.released = Released(settings, [p for p, _ in pairs], self._finiteness, update)
+        return self.released
 
     def _owns(self, param: Tensor) -> bool:
         return self.placement is None or self.placement.owns(param)
@@ -109,6 +121,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.before_update is not None:
             self.before_update()
+        if self.released is not None:
+            self.skipped_steps += self.released.close()
         if not self._gradients_are_finite():
             self.skipped_steps += 1
             self._consecutive_skips += 1
@@ -239,7 +253,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict and what else a resume needs; the tensors are those of the optimizer, not copies."""
-        return {**super().state_dict(), "seed": self.seed, "skipped_steps": self.skipped_steps}
+        saved = {**super().state_dict(), "seed": self.seed, "skipped_steps": self.skipped_steps}
+        if self.released is not None and self.released.norm is not None:
+            saved["gradient_norm"] = self.released.norm  # the next step clips by it
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -257,6 +274,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                 self._load_parameter(param, saved)
         self.seed = int(state_dict.get("seed", self.seed))
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
+        if self.released is not None:
+            norm = state_dict.get("gradient_norm")
+            self.released.norm = None if norm is None else norm.clone()
 
     def check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless :meth:`load_state_dict` can take all of ``state_dict``; nothing is written."""
