@@ -7,7 +7,7 @@ policy does) and no process group (gradients arrive reduced).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msamp_like import kernels
 from msamp_like.formats import WHOLE
-from msamp_like.kernels import Noise, Operand
+from msamp_like.kernels import Noise, Operand, Row
 from msamp_like.optim.release import GradientRelease, Released
 from msamp_like.policy import O2, Policy, Role, Rule
 from msamp_like.scaling import quantize
@@ -32,6 +32,11 @@ class Placement(Protocol):
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether this rank steps the parameter and keeps its states."""
+        ...
+
+    def ends_part(self, position: int) -> bool:
+        """Whether new values leave as soon as parameter number ``position`` is passed: those after it are stepped
+        later."""
         ...
 
     def passed(self, position: int) -> None:
@@ -88,7 +93,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         pairs = list(self._parameters())
 
         def update(index: int) -> None:
-            self._step_parameter(*pairs[index], index)
+            param, group = pairs[index]
+            self.step_together([(index, param)], group)
 
         self.released = Released(settings, [p for p, _ in pairs], self._finiteness, update)
         return self.released
@@ -106,8 +112,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """State name -> what it is multiplied by each step, for the states that are decaying averages."""
         return {}
 
-    def fused_update(self, param: Operand, grad: Operand, states: list[Operand], group: Group, step: int) -> bool:
-        """The same in place by one kernel on stored tensors; False where there is none."""
+    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
+        """The same for a table of stored tensors on one device, in place by one kernel; False where there is none."""
         return False
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -133,17 +139,31 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             )
             return loss
         self._consecutive_skips = 0
-        for index, (param, group) in enumerate(self._parameters()):
-            if param.grad is not None and self._owns(param):
-                self._step_parameter(param, group, index)
+        for group, members in self._parts():
+            stepped = [(i, p) for i, p in members if p.grad is not None and self._owns(p)]
+            self.step_together(stepped, group)
             if self.placement is not None:
-                self.placement.passed(index)
+                for index, _ in members:
+                    self.placement.passed(index)
         if self.placement is not None:
             self.placement.finish()
         return loss
 
     def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((param, group) for group in self.param_groups for param in group["params"])
+
+    def _parts(self) -> Iterator[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
+        """Parameters with their positions that are stepped by one call: a group's, cut where new values leave."""
+        position = 0
+        for group in self.param_groups:
+            members: list[tuple[int, Tensor]] = []
+            for param in group["params"]:
+                members.append((position, param))
+                if self.placement is not None and self.placement.ends_part(position):
+                    yield group, members
+                    members = []
+                position += 1
+            yield group, members
 
     def _gradients_are_finite(self) -> bool:
         """Round accumulated gradients, then ask all of them, on all ranks, with one read of the device."""
@@ -172,26 +192,53 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             grad.replace_(quantize(grad.dequantize(torch.float32), rule))
         return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE) * grad.scale_inv
 
-    def _step_parameter(self, param: Tensor, group: Group, index: int) -> None:
+    def step_together(self, members: Sequence[tuple[int, Tensor]], group: Group) -> None:
+        """Step parameters of one group, given with their positions among all; one kernel call for a device."""
+        tables: dict[torch.device, list[Row]] = {}
+        for index, param in members:
+            tables.setdefault(param.device, []).append(self._row(param, group, index))
+        for rows in tables.values():
+            if not self.fused_update(rows, group):
+                for row in rows:
+                    self._update_row(row, group)
+        for _, param in members:
+            master = self.state[param].get("master_weight")
+            if master is not None and self._copy_of(param) is None:
+                param.copy_(master)
+
+    def _row(self, param: Tensor, group: Group, index: int) -> Row:
+        """The stored tensors of one parameter; counts the step."""
         state = self._initialized(param)
         state["step"] += 1
-        step = int(state["step"])
-        master = state.get("master_weight", param)
-        where = (index, step) if isinstance(param, ScalingTensor) else None
+        where = (index, state["step"]) if isinstance(param, ScalingTensor) else None
         betas = self.betas(group)
-        operands = [self._operand(master, Role.MASTER_WEIGHT, None, where)]
-        operands += [self._operand(state[name], role, betas.get(name), where) for name, role in self.roles.items()]
-        grad = self._operand(param.grad, Role.GRAD_WEIGHT, None, None)  # type: ignore[arg-type]
-        if not self.fused_update(operands[0], grad, operands[1:], group, step):
-            values = [kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32) for o in (grad, *operands)]
-            for operand, value in zip(
-                operands, self.update(values[1], values[0], values[2:], group, step), strict=True
-            ):
-                kernels.store_(operand, value)
-        if master is not param:
-            param.copy_(master)
-        elif isinstance(param, ScalingTensor):
-            param.drop_casts()
+        master = state.get("master_weight", param)
+        return Row(
+            param=self._operand(master, Role.MASTER_WEIGHT, None, where),
+            grad=self._operand(param.grad, Role.GRAD_WEIGHT, None, None),  # type: ignore[arg-type]
+            states=tuple(self._operand(state[n], role, betas.get(n), where) for n, role in self.roles.items()),
+            step=state["step"],
+            copy=self._copy_of(param) if "master_weight" in state else _cast_of(param),
+        )
+
+    def _copy_of(self, param: Tensor) -> Operand | None:
+        """A parameter that is made from its master each step, as kernels write it; None where ``copy_`` must."""
+        if isinstance(param, ScalingTensor):
+            param.cast_to_update()
+            return param.operand
+        if param.dtype not in (torch.bfloat16, torch.float32) or not param.is_contiguous():
+            return None
+        return Operand(param, torch.ones(1, 1, dtype=torch.float32, device=param.device), WHOLE)
+
+    def _update_row(self, row: Row, group: Group) -> None:
+        operands = (row.param, *row.states)
+        grad, *values = (
+            kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32) for o in (row.grad, *operands)
+        )
+        for operand, value in zip(operands, self.update(values[0], grad, values[1:], group, row.step), strict=True):
+            kernels.store_(operand, value)
+        if row.copy is not None:
+            kernels.store_(row.copy, kernels.dequantize(*row.param[:3], torch.float32))
 
     def _operand(self, tensor: Tensor, role: Role, beta: float | None, where: tuple[int, int] | None) -> Operand:
         """A state as kernels take it; ``where`` is (parameter, step) of a matrix, whose roles may round
@@ -316,6 +363,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             fresh.copy_(value)
             state[name] = fresh
         self.state[param] = state
+
+
+def _cast_of(param: Tensor) -> Operand | None:
+    """The compute copy of a parameter that is its own master."""
+    return param.cast_to_update() if isinstance(param, ScalingTensor) else None
 
 
 def _steps(states: Mapping[str, Any]) -> int:

@@ -183,7 +183,7 @@ struct LowBytes {
 };
 
 struct Noise {
-    uint32_t seed, tensor, step, role;
+    uint32_t key0, key1, lower_half;  // reference.noise_keys, and which half of a word a role takes
 };
 
 struct Cast {
@@ -198,35 +198,11 @@ struct Cast {
     bool streams = false;  // the result is too large for the caches
 };
 
-struct AdamScalars {
-    float shrink;  // 1 - lr * weight_decay
-    float weight_decay, beta1, rest1, beta2, rest2, eps;
-    float correction2;  // sqrt(1 - beta2^step)
-    float rate;         // lr / (1 - beta1^step)
-    int32_t decoupled;
-};
-
-struct Stored {
-    uint8_t* payload;
-    float* scale_inv;
-    const Noise* noise;
-    int32_t type, per_tile;  // per_tile 0: one scale for the whole tensor
-    float next_scale_inv;    // of a whole tensor, while it is written
-    uint32_t amax;           // of the new values, bits
-};
-
-struct Adam {
-    Grid grid;
-    Stored* stored;  // param, first, second, grad
-    AdamScalars scalars;
-};
-
 struct Kernels {
     void (*amax)(const Cast&, int64_t, int64_t);
     void (*quantize)(const Cast&, int64_t, int64_t);
     void (*quantize_current)(const Cast&, int64_t, int64_t);
     void (*dequantize)(const Cast&, int64_t, int64_t);
-    void (*adam)(Adam&, int64_t, int64_t, bool);
 };
 
 #define ISA baseline
@@ -372,32 +348,4 @@ EXPORT void msamp_dequantize(const uint8_t* payload, int in, float* scale_inv, u
     Cast cast{{rows, columns, block_rows, block_columns}, in, out, payload, real, scale_inv, nullptr, nullptr, {out}};
     cast.streams = is_large(cast);
     cast_all(cast, kernels(simd).dequantize, threads);
-}
-
-// `stored` is param, first, second, grad. Tiles are (1, tile); an operand has one scale a tile or one in all.
-EXPORT void msamp_adam(Stored* stored, const AdamScalars* scalars, int64_t rows, int64_t columns, int64_t tile,
-                       int simd, int threads) {
-    Adam adam{{rows, columns, 1, tile}, stored, *scalars};
-    bool scales_unknown = false;
-    for (int k = 0; k < 3; ++k) {
-        stored[k].next_scale_inv = 1.0f;
-        scales_unknown |= !stored[k].per_tile && stored[k].type != FP32 && stored[k].type != BF16;
-    }
-    const auto pass = [&](bool write) {
-        for (int k = 0; k < 3; ++k) stored[k].amax = 0;
-        over_blocks(adam.grid, threads,
-                    [&](int64_t low, int64_t high) { kernels(simd).adam(adam, low, high, write); });
-    };
-    if (scales_unknown) {
-        pass(false);
-        for (int k = 0; k < 3; ++k) stored[k].next_scale_inv = Rule{stored[k].type}.scale_inv(stored[k].amax);
-    }
-    pass(true);
-    for (int k = 0; k < 3; ++k)
-        if (!stored[k].per_tile) {
-            *stored[k].scale_inv = Rule{stored[k].type}.scale_inv(stored[k].amax);
-            // Without a scale nothing had to be known before writing, so only now is it seen that the tensor is
-            // flagged.
-            if (!finite(*stored[k].scale_inv)) memset(stored[k].payload, 0, adam.grid.numel * SIZE[stored[k].type]);
-        }
 }

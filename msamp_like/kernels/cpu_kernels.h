@@ -9,7 +9,6 @@ namespace ISA {
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-typedef uint64_t Q __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
@@ -331,52 +330,23 @@ INLINE void cast(uint8_t* to, const Group& real) {
 
 // --- random bits ----------------------------------------------------------------------------------------------------
 
-INLINE Q wide_product(Q words, uint32_t multiplier) {
-#if LANES == 16
-    return (Q)_mm512_mul_epu32((__m512i)words, (__m512i)(Q{} + multiplier));
-#elif LANES == 8
-    return (Q)_mm256_mul_epu32((__m256i)words, (__m256i)(Q{} + multiplier));
-#else
-    return (words & 0xffffffffu) * multiplier;
-#endif
+// reference.random_bits before a half is taken: the words of elements `index` of a stream.
+INLINE U random_words(U index, const Noise& noise) {
+    U word = index * 0x9E3779B9u + noise.key0;
+    word = (word ^ word >> 16) * 0x7FEB352Du;
+    word = (word ^ word >> 15 ^ noise.key1) * 0x846CA68Bu;
+    return word ^ word >> 16;
 }
 
-INLINE Q xor3(Q a, Q b, Q c) {
-#if LANES == 16
-    return (Q)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
-#else
-    return a ^ b ^ c;
-#endif
-}
-
-// 16 random bits for each of the elements 8 * counter ... 8 * (counter + counters) - 1, in order. Writes whole groups
-// of LANES / 2 counters: `bits` needs room for 4 * LANES elements past the end.
-static void random_bits(uint16_t* bits, uint64_t counter, int64_t counters, const Noise& noise) {
-    constexpr int COUNTERS = LANES / 2;  // counters in one vector, one in each 64-bit lane
-    uint64_t keys[10][2];
-    for (int round = 0; round < 10; ++round) {
-        keys[round][0] = noise.seed + 0x9E3779B9u * (uint32_t)round;
-        keys[round][1] = noise.tensor + 0xBB67AE85u * (uint32_t)round;
-    }
-    for (int64_t done = 0; done < counters; done += COUNTERS) {
-        Q word0, word1 = Q{} + noise.step, word2 = Q{} + noise.role, word3 = Q{};
-        for (int lane = 0; lane < COUNTERS; ++lane) word0[lane] = counter + done + lane;
-        // The upper halves of the 64-bit lanes hold leftovers; the multiplication reads the lower halves only.
-        for (int round = 0; round < 10; ++round) {
-            const Q product0 = wide_product(word0, 0xD2511F53u), product1 = wide_product(word2, 0xCD9E8D57u);
-            word0 = xor3(product1 >> 32, word1, Q{} + keys[round][0]);
-            word2 = xor3(product0 >> 32, word3, Q{} + keys[round][1]);
-            word1 = product1;
-            word3 = product0;
+// 16 random bits for each of the elements start ... start + n - 1, in order. Writes whole groups.
+static void random_bits(uint16_t* bits, uint64_t start, int64_t n, const Noise& noise) {
+    for (int64_t done = 0; done < n; done += GROUP) {
+        I halves[4];
+        for (int k = 0; k < 4; ++k) {
+            const U word = random_words((U)lane_numbers() + (uint32_t)(start + done + k * LANES), noise);
+            halves[k] = (I)(noise.lower_half ? word & 0xffff : word >> 16);
         }
-        const Q low = (word0 & 0xffffffffu) | word1 << 32, high = (word2 & 0xffffffffu) | word3 << 32;
-        Q even, odd;  // lanes to interleave, of both
-        for (int lane = 0; lane < COUNTERS; ++lane) {
-            even[lane] = lane / 2 + lane % 2 * COUNTERS;
-            odd[lane] = even[lane] + COUNTERS / 2;
-        }
-        store(bits + 8 * done, __builtin_shuffle(low, high, even));
-        store(bits + 8 * done + 4 * COUNTERS, __builtin_shuffle(low, high, odd));
+        store_halves((uint8_t*)(bits + done), halves);
     }
 }
 
@@ -529,11 +499,11 @@ static uint32_t quantize_run(int in, const uint8_t* x, int out, uint8_t* payload
     }
     const float scale = 1.0f / scale_inv;
     if (!noise) return ENCODERS[in][out][with_amax ? WITH_AMAX : PLAIN](x, payload, n, scale, nullptr);
-    uint16_t bits[TILE + 8 + GROUP + 4 * LANES];
+    uint16_t bits[TILE + GROUP];
     for (int64_t done = 0; done < n; done += TILE) {
-        const int64_t count = n - done < TILE ? n - done : TILE, offset = (start + done) % 8;
-        random_bits(bits, (start + done) / 8, (offset + count + 7) / 8, *noise);
-        ENCODERS[in][out][NOISY](x + done * SIZE[in], payload + done * SIZE[out], count, scale, bits + offset);
+        const int64_t count = n - done < TILE ? n - done : TILE;
+        random_bits(bits, start + done, count, *noise);
+        ENCODERS[in][out][NOISY](x + done * SIZE[in], payload + done * SIZE[out], count, scale, bits);
     }
     return 0;
 }
@@ -609,140 +579,7 @@ static void quantize_current_range(const Cast& cast, int64_t low, int64_t high) 
 }
 static void dequantize_range(const Cast& cast, int64_t low, int64_t high) { staged(dequantize_part, cast, low, high); }
 
-// --- Adam -----------------------------------------------------------------------------------------------------------
-
-struct Values {  // of one tile, FP32: the new ones, and while they are staged the old ones
-    alignas(64) float param[TILE], first[TILE], second[TILE], grad[TILE];
-    uint32_t amax[3];  // bits, of param, first, second
-};
-
-INLINE I magnitude_below(F value, I lanes, int64_t count) {
-    const I magnitude = (I)value & 0x7fffffff;
-    return count >= LANES ? magnitude : (lanes < (int32_t)count ? magnitude : I{});
-}
-
-INLINE F square_root(F value) {
-#if LANES == 16
-    return (F)_mm512_sqrt_ps((__m512)value);
-#elif LANES == 8
-    return (F)_mm256_sqrt_ps((__m256)value);
-#else
-    for (int lane = 0; lane < LANES; ++lane) value[lane] = __builtin_sqrtf(value[lane]);
-    return value;
-#endif
-}
-
-// reference.adam_update on `n` elements read from the payloads of param, first, second, grad, into `values`. Vectors
-// are read to the end of the last group; what stands past n is computed with and not counted.
-template <int Param, int First, int Second, int Grad>
-static void update(const uint8_t* const (&from)[4], const float (&scales)[4], int64_t n, const AdamScalars& s,
-                   Values& values) {
-    const F shrink = floats(s.shrink), decay = floats(s.weight_decay), beta1 = floats(s.beta1), rest1 = floats(s.rest1);
-    const F beta2 = floats(s.beta2), rest2 = floats(s.rest2), correction2 = floats(s.correction2);
-    const F eps = floats(s.eps), rate = floats(s.rate);
-    const F scale0 = floats(scales[0]), scale1 = floats(scales[1]);
-    const F scale2 = floats(scales[2]), scale3 = floats(scales[3]);
-    const bool shrinks = s.weight_decay != 0 && s.decoupled, adds = s.weight_decay != 0 && !s.decoupled;
-    const I lanes = lane_numbers();
-    I amax[3] = {};
-    for (int64_t i = 0; i < n; i += GROUP) {
-        Group params, firsts, seconds, grads;
-        decode<Param>(from[0] + i * SIZE[Param], params);
-        decode<First>(from[1] + i * SIZE[First], firsts);
-        decode<Second>(from[2] + i * SIZE[Second], seconds);
-        decode<Grad>(from[3] + i * SIZE[Grad], grads);
-        for (int k = 0; k < 4; ++k) {
-            F param = params[k] * scale0, first = firsts[k] * scale1, second = seconds[k] * scale2;
-            F grad = grads[k] * scale3;
-            if (shrinks) param = param * shrink;
-            if (adds) grad = grad + param * decay;
-            first = first * beta1 + grad * rest1;
-            second = second * beta2 + (grad * grad) * rest2;
-            const F denominator = square_root(second) / correction2 + eps;
-            param = param - (first / denominator) * rate;
-            const int64_t place = i + k * LANES;
-            store(values.param + place, param);
-            store(values.first + place, first);
-            store(values.second + place, second);
-            amax[0] = larger(magnitude_below(param, lanes, n - place), amax[0]);
-            amax[1] = larger(magnitude_below(first, lanes, n - place), amax[1]);
-            amax[2] = larger(magnitude_below(second, lanes, n - place), amax[2]);
-        }
-    }
-    for (int k = 0; k < 3; ++k) values.amax[k] = largest_lane(amax[k]);
-}
-
-typedef void (*Update)(const uint8_t* const (&)[4], const float (&)[4], int64_t, const AdamScalars&, Values&);
-
-// The update that reads the payloads itself, for the formats that the levels store in; null for any other four.
-static Update direct_update(const Adam& adam) {
-    static const struct {
-        int types[4];
-        Update update;
-    } KNOWN[] = {
-        {{FP16, E4M3, FP16, E4M3}, update<FP16, E4M3, FP16, E4M3>},  // O2
-        {{FP16, E4M3, FP16, BF16}, update<FP16, E4M3, FP16, BF16>},  // O2, accumulated
-        {{FP16, FP32, FP32, E4M3}, update<FP16, FP32, FP32, E4M3>},  // O1
-        {{FP16, FP32, FP32, BF16}, update<FP16, FP32, FP32, BF16>},
-        {{FP32, FP32, FP32, BF16}, update<FP32, FP32, FP32, BF16>},  // O0
-        {{FP32, FP32, FP32, FP32}, update<FP32, FP32, FP32, FP32>},
-    };
-    for (const auto& known : KNOWN) {
-        bool equal = true;
-        for (int k = 0; k < 4; ++k) equal &= known.types[k] == adam.stored[k].type;
-        if (equal) return known.update;
-    }
-    return nullptr;
-}
-
-// The update of elements [start, start + n), which are tile `tile`.
-static void update_tile(const Adam& adam, Update direct, int64_t start, int64_t n, int64_t tile, Values& values) {
-    const uint8_t* from[4];
-    float scales[4];
-    for (int k = 0; k < 4; ++k) {
-        const Stored& stored = adam.stored[k];
-        from[k] = stored.payload + start * SIZE[stored.type];
-        scales[k] = stored.scale_inv[stored.per_tile ? tile : 0];
-    }
-    if (direct && n % GROUP == 0) return direct(from, scales, n, adam.scalars, values);
-    float* const staged[4] = {values.param, values.first, values.second, values.grad};
-    for (int k = 0; k < 4; ++k) {
-        DECODERS[adam.stored[k].type][FP32](from[k], (uint8_t*)staged[k], n, scales[k]);
-        from[k] = (const uint8_t*)staged[k];
-        scales[k] = 1.0f;
-    }
-    update<FP32, FP32, FP32, FP32>(from, scales, n, adam.scalars, values);
-}
-
-static void write_values(const Values& values, const Adam& adam, int64_t start, int64_t n, int64_t tile) {
-    const float* const sources[3] = {values.param, values.first, values.second};
-    float scales[3];
-    for (int k = 0; k < 3; ++k) {  // all three first: each is a chain of dependent operations
-        const Stored& stored = adam.stored[k];
-        scales[k] = stored.next_scale_inv;
-        if (stored.per_tile) scales[k] = stored.scale_inv[tile] = Rule{stored.type}.scale_inv(values.amax[k]);
-    }
-    for (int k = 0; k < 3; ++k) {
-        const Stored& stored = adam.stored[k];
-        uint8_t* payload = stored.payload + start * SIZE[stored.type];
-        quantize_run(FP32, (const uint8_t*)sources[k], stored.type, payload, start, n, scales[k], stored.noise, false);
-    }
-}
-
-// `write` false: only finds the largest new values, for operands whose one scale must be known before any is written.
-static void adam_range(Adam& adam, int64_t low, int64_t high, bool write) {
-    Values values = {};
-    uint32_t amax[3] = {0, 0, 0};
-    const Update direct = direct_update(adam);
-    for (Run run(adam.grid, low, high); run.start < high; run.next()) {
-        update_tile(adam, direct, run.start, run.length(), run.block, values);
-        for (int k = 0; k < 3; ++k) amax[k] = values.amax[k] > amax[k] ? values.amax[k] : amax[k];
-        if (write) write_values(values, adam, run.start, run.length(), run.block);
-    }
-    for (int k = 0; k < 3; ++k) raise_to(&adam.stored[k].amax, amax[k]);
-}
-
-static const Kernels KERNELS = {amax_range, quantize_range, quantize_current_range, dequantize_range, adam_range};
+static const Kernels KERNELS = {amax_range, quantize_range, quantize_current_range, dequantize_range};
 
 #undef INLINE
 }  // namespace ISA

@@ -178,6 +178,19 @@ class ScalingTensor(torch.Tensor):
         """Forget compute copies; whoever writes the payload in place calls this."""
         self._casts.clear()
 
+    def cast_to_update(self) -> Operand | None:
+        """The compute copy that whoever writes the payload in place writes too, from what is then stored; None where
+        there is none. Others are forgotten, and the copy stays cached: it may be read once both are written."""
+        self.agreed = False
+        kept = [
+            (key, copy)
+            for key, copy in self._casts.items()
+            if key[2:] == (0, True) and copy.payload is not self.payload  # a kernel knows neither margin nor division
+        ][:1]
+        self._casts.clear()
+        self._casts.update(kept)
+        return kept[0][1] if kept else None
+
     def replace_(self, other: ScalingTensor) -> ScalingTensor:
         """Hold another's storage from now on: the only way to change format or blocks in place."""
         self.await_arrival()
