@@ -20,9 +20,9 @@ LEARNING_RATES = {"tiny": 2e-3, "small": 1e-3, "125M": 6e-4, "7B": 3e-4, "13B": 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Configurable):
-    """Train a GPT on text in FP8 (O1, O2, O3) or BF16 (O0)."""
+    """Train a GPT on text in FP8 (O1, O2, O3, lean) or BF16 (O0)."""
 
-    level: str = "O2"  # Level of precision: O0 (BF16), O1, O2 or O3 (FP8).
+    level: str = "O2"  # Level of precision: O0 (BF16), O1, O2, O3 or lean (FP8).
     preset: Literal["tiny", "small", "125M", "7B", "13B", "175B"] = "tiny"  # Sizes of the model.
     steps: int = 300  # Optimizer steps of the whole run.
     out: str = "runs/pretrain"  # Directory of the run; it must not hold another.

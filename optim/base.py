@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from msamp_like import kernels
-from msamp_like.formats import WHOLE
+from msamp_like.formats import RESIDUAL, WHOLE
 from msamp_like.kernels import Noise, Operand, Row
+from msamp_like.optim import residual, saving
 from msamp_like.optim.release import GradientRelease, Released
 from msamp_like.policy import O2, Policy, Role, Rule
 from msamp_like.scaling import quantize
@@ -203,7 +204,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                     self._update_row(row, group)
         for _, param in members:
             master = self.state[param].get("master_weight")
-            if master is not None and self._copy_of(param) is None:
+            if isinstance(param, ScalingTensor) and self._in_two_parts(param):
+                param.recorded = True
+            elif master is not None and self._copy_of(param) is None:
                 param.copy_(master)
 
     def _row(self, param: Tensor, group: Group, index: int) -> Row:
@@ -212,13 +215,18 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         where = (index, state["step"]) if isinstance(param, ScalingTensor) else None
         betas = self.betas(group)
-        master = state.get("master_weight", param)
+        master, copy, rest = state.get("master_weight", param), None, None
+        if isinstance(param, ScalingTensor) and self._in_two_parts(param):
+            master, rest = param, residual.lower_half(param, state)
+        else:
+            copy = self._copy_of(param) if "master_weight" in state else _cast_of(param)
         return Row(
             param=self._operand(master, Role.MASTER_WEIGHT, None, where),
             grad=self._operand(param.grad, Role.GRAD_WEIGHT, None, None),  # type: ignore[arg-type]
             states=tuple(self._operand(state[n], role, betas.get(n), where) for n, role in self.roles.items()),
             step=state["step"],
-            copy=self._copy_of(param) if "master_weight" in state else _cast_of(param),
+            copy=copy,
+            residual=rest,
         )
 
     def _copy_of(self, param: Tensor) -> Operand | None:
@@ -231,11 +239,18 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         return Operand(param, torch.ones(1, 1, dtype=torch.float32, device=param.device), WHOLE)
 
     def _update_row(self, row: Row, group: Group) -> None:
-        operands = (row.param, *row.states)
-        grad, *values = (
-            kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32) for o in (row.grad, *operands)
+        grad, old, *values = (
+            kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32)
+            for o in (row.grad, row.param, *row.states)
         )
-        for operand, value in zip(operands, self.update(values[0], grad, values[1:], group, row.step), strict=True):
+        if row.residual is not None:
+            old = kernels.dequantize_with_residual(row.param, row.residual.payload)
+        new, *values = self.update(old, grad, values, group, row.step)
+        if row.residual is None:
+            kernels.store_(row.param, new)
+        else:
+            residual.update_(row.param, row.residual, new)
+        for operand, value in zip(row.states, values, strict=True):
             kernels.store_(operand, value)
         if row.copy is not None:
             kernels.store_(row.copy, kernels.dequantize(*row.param[:3], torch.float32))
@@ -261,7 +276,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             if name not in state:
                 zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
                 state[name] = self.stored(param, zeros, role)
-        if "master_weight" not in state and self._keeps_master(param):
+        if "master_weight" in state or not self._keeps_master(param):
+            return state
+        if isinstance(param, ScalingTensor) and self._in_two_parts(param):
+            state.update(residual.split_(param, real(param)))
+        else:
             state["master_weight"] = self.stored(param, real(param), Role.MASTER_WEIGHT)
         return state
 
@@ -270,6 +289,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if isinstance(param, ScalingTensor):
             return self.policy.parameter is not Role.MASTER_WEIGHT
         return param.dtype != torch.float32
+
+    def _in_two_parts(self, param: Tensor) -> bool:
+        """Whether the parameter is the upper half of its master, and the state ``master_weight`` the lower."""
+        return isinstance(param, ScalingTensor) and self.policy[Role.MASTER_WEIGHT].format == RESIDUAL
 
     def stored(self, param: Tensor, value: Tensor, role: Role) -> Tensor:
         """A state of ``param`` as it is kept: per the policy for a converted matrix, plain FP32 for anything else."""
@@ -282,11 +305,13 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """Take over the states of an optimizer that has stepped, and the master of a weight that is now stored."""
         if not self._owns(param):
             return
-        taken: State = {"step": _steps(states)}
+        taken: State = {"step": saving.steps(states)}
         for name, role in self.roles.items():
             if states.get(name) is not None:
                 taken[name] = self.stored(param, states[name], role)
-        if original is not None and self._keeps_master(param):
+        if original is not None and isinstance(param, ScalingTensor) and self._in_two_parts(param):
+            taken.update(residual.split_(param, original))
+        elif original is not None and self._keeps_master(param):
             taken["master_weight"] = self.stored(param, original, Role.MASTER_WEIGHT)
         self.state[param].update(taken)
 
@@ -316,7 +341,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in old.items() if key != "params"})
         self.state.clear()
-        for param, saved in self._saved(state_dict):
+        for param, saved in saving.pairs(self, state_dict):
             if self._owns(param):
                 self._load_parameter(param, saved)
         self.seed = int(state_dict.get("seed", self.seed))
@@ -327,37 +352,16 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless :meth:`load_state_dict` can take all of ``state_dict``; nothing is written."""
-        sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (self.param_groups, state_dict["param_groups"]))
-        if sizes != saved_sizes:
-            raise ValueError(
-                f"a saved optimizer state must have the same parameter groups, got sizes {saved_sizes} for {sizes}; "
-                "build the optimizer as it was when the state was saved"
-            )
-        for param, saved in self._saved(state_dict):
-            names = set(saved) - {"step", "master_weight"}
-            if names and names != set(self.roles):
-                raise ValueError(
-                    f"a saved optimizer state must be of a {type(self).__name__}, whose states are "
-                    f"{', '.join(self.roles)}, got {', '.join(sorted(names))}; build the optimizer of the checkpoint"
-                )
-            for name, value in saved.items():
-                if name != "step" and value is not None and value.shape != param.shape:
-                    raise ValueError(
-                        f"the state {name!r} of a parameter must have its shape {tuple(param.shape)}, got "
-                        f"{tuple(value.shape)}; the checkpoint is of another model"
-                    )
-
-    def _saved(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, Mapping[str, Any]]]:
-        """Each parameter that has a saved state, and the state."""
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        pairs = zip(self._parameters(), indices, strict=True)
-        return ((param, state_dict["state"][i]) for (param, _), i in pairs if i in state_dict["state"])
+        saving.check(self, state_dict, self.roles, self._in_two_parts)
 
     def _load_parameter(self, param: Tensor, saved: Mapping[str, Any]) -> None:
-        state: State = {"step": _steps(saved)}
+        state: State = {"step": saving.steps(saved)}
         for name, role in (*self.roles.items(), ("master_weight", Role.MASTER_WEIGHT)):
             value = saved.get(name)
             if value is None or (name == "master_weight" and not self._keeps_master(param)):
+                continue
+            if name == "master_weight" and isinstance(param, ScalingTensor) and self._in_two_parts(param):
+                state.update(residual.load(param, saved))
                 continue
             fresh = self.stored(param, torch.zeros(param.shape, device=param.device), role)
             fresh.copy_(value)
@@ -368,8 +372,3 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 def _cast_of(param: Tensor) -> Operand | None:
     """The compute copy of a parameter that is its own master."""
     return param.cast_to_update() if isinstance(param, ScalingTensor) else None
-
-
-def _steps(states: Mapping[str, Any]) -> int:
-    # torch's SGD counts no steps, but its buffer says that there was one
-    return int(states.get("step", 1 if states else 0))

@@ -53,10 +53,10 @@ def initialize(
 ) -> tuple[Model, Any]:
     """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
 
-    ``level`` is "O0", "O1", "O2", "O3" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the level's
-    own) or "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the torch
-    optimizer built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None (None
-    does) for a model that only runs; schedulers built on it go on working. ``seed`` starts the random stream of
+    ``level`` is "O0", "O1", "O2", "O3", "lean" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the
+    level's own) or "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the
+    torch optimizer built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None
+    (None does) for a model that only runs; schedulers built on it go on working. ``seed`` starts the random stream of
     stochastic rounding.
 
     Where a process group of more than one rank is initialised the model becomes data-parallel over it, or over

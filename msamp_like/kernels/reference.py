@@ -118,7 +118,7 @@ def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: 
 
 def encode(value: Tensor, format: Format) -> Tensor:
     """FP32 within the format's range to its codes, rounded to nearest even; NaN stays NaN."""
-    if format is not UE5M3:
+    if format.dtype != UE5M3.dtype:
         return value.to(format.dtype)
     field = (value.contiguous().view(torch.int32) >> 23).clamp(min=_exponent_field(format))
     steps_per_unit = ((254 + format.mantissa_bits - field) << 23).view(torch.float32)

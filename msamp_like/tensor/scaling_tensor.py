@@ -115,6 +115,15 @@ class ScalingTensor(torch.Tensor):
         self._marks["agreed"] = agreed
 
     @property
+    def recorded(self) -> bool:
+        """Whether whoever keeps the other half of a master knows the values; every write takes it away."""
+        return self._marks.get("recorded", False)
+
+    @recorded.setter
+    def recorded(self, recorded: bool) -> None:
+        self._marks["recorded"] = recorded
+
+    @property
     def shard(self) -> bool:
         """Whether torch's ``fully_shard`` made this for a shard's rows."""
         return self._marks.get("shard", False)
@@ -177,6 +186,7 @@ class ScalingTensor(torch.Tensor):
     def drop_casts(self) -> None:
         """Forget compute copies; whoever writes the payload in place calls this."""
         self._casts.clear()
+        self.recorded = False
 
     def cast_to_update(self) -> Operand | None:
         """The compute copy that whoever writes the payload in place writes too, from what is then stored; None where
