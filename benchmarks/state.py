@@ -2,8 +2,8 @@
 
     python -m benchmarks.state
 
-A GPT after a step, with gradients still there; its matrices whose products are FP8. ``at rest`` is what stays between
-steps with gradients; a forward adds the cached compute copy, a second micro-batch the second byte of an accumulating
+A GPT after a step, with gradients still there; its matrices whose products are FP8. ``at rest`` is what a step needs,
+gradients included; products need the compute copy too, and a second micro-batch the second byte of an accumulating
 gradient. Scales are counted: one FP32 a block of 128, or a tensor. With gradient release the gradient is the most that
 was alive at once, divided by all parameters: the more layers, the less.
 
@@ -73,16 +73,18 @@ def measure(variant: Variant, preset: str) -> dict[str, Any]:
         with torch.autocast("cpu", torch.bfloat16):
             model(tokens[:, :-1], tokens[:, 1:])[1].backward()
 
-    def counted() -> dict[str, Any]:
+    def counted(*, copies: bool = True) -> dict[str, Any]:
         chosen = [p for p in model.parameters() if _in_fp8(p)] or [p for p in model.parameters() if p.dim() == 2]
+        most = alive["most"] if variant.release else None
+        every = _per_parameter([p for p in model.parameters() if p.dim() == 2], model, optimizer, most, copies)
         return {
-            **_per_parameter(chosen, model, optimizer, alive["most"] if variant.release else None),
-            "every matrix": _total([p for p in model.parameters() if p.dim() == 2], model, optimizer),
+            **_per_parameter(chosen, model, optimizer, most, copies),
+            "every matrix": every["total"],
         }
 
     backward()
     optimizer.step()
-    found = {"at rest": counted()}
+    found = {"at rest": counted(copies=False)}
     with torch.no_grad():
         model(tokens[:, :-1])
     found["with compute copies"] = counted()
@@ -110,14 +112,14 @@ def _in_fp8(parameter: Tensor) -> bool:
 
 
 def _per_parameter(
-    parameters: list[Tensor], model: torch.nn.Module, optimizer: Any, alive: int | None
+    parameters: list[Tensor], model: torch.nn.Module, optimizer: Any, alive: int | None, copies: bool
 ) -> dict[str, float]:
     numel = sum(p.numel() for p in parameters)
     counted = dict.fromkeys(ROLES, 0)
     held = amp.policy_of(model).parameter
     for p in parameters:
         counted[held.value] += _bytes(p)
-        counted["weight"] += p.cast_bytes if isinstance(p, ScalingTensor) else 0
+        counted["weight"] += p.cast_bytes if copies and isinstance(p, ScalingTensor) else 0
         counted["grad_weight"] += _bytes(p.grad) if p.grad is not None else 0
         for name, state in optimizer.state[p].items():
             role = optimizer.roles.get(name, Role.MASTER_WEIGHT)
@@ -131,10 +133,6 @@ def _per_parameter(
         "total": round(sum(by_role.values()), 4),
         "plain_parameters": plain,
     }
-
-
-def _total(parameters: list[Tensor], model: torch.nn.Module, optimizer: Any) -> float:
-    return _per_parameter(parameters, model, optimizer, None)["total"]
 
 
 def _average(parameters: Iterable[Tensor], optimizer: Any) -> float:
