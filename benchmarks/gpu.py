@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.result import parser, write
 from msamp_like import amp, kernels
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, WHOLE, Block, Format
-from msamp_like.kernels import AdamScalars, Operand
+from msamp_like.kernels import AdamScalars, Operand, Row
 from msamp_like.models import gpt
 
 DEVICE = "cuda"
@@ -98,14 +98,14 @@ def adam() -> dict[str, Any]:
     }
     copy = copy_rate()
     rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "parameters": TOKENS * HIDDEN}
-    scalars = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True, step=10)
+    scalars = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True)
     for level, formats in levels.items():
         stored: list[Operand] = []
         for spread, (format, block) in zip((1, 1e-3, 1e-3, 1e-6), formats):
             value = torch.rand(TOKENS, HIDDEN, device=DEVICE) * spread
             stored.append(Operand(*kernels.quantize_current(value, format, block)[:2], block))
         param, grad, first, second = stored
-        time_s = seconds(partial(kernels.adam_step_, param, grad, first, second, scalars))
+        time_s = seconds(partial(kernels.adam_steps_, [Row(param, grad, (first, second), step=10)], scalars))
         written = sum(t.payload.nbytes + t.scale_inv.nbytes for t in (param, first, second))
         rows[f"fused step, {level}"] = rate(2 * written + grad.payload.nbytes, time_s, copy)
         del stored, param, grad, first, second, value

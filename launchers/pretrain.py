@@ -42,7 +42,7 @@ from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.run import FIGURE, Progress, Run, environment, peak_memory_bytes, wire_table, wire_text
 from msamp_like.launchers.settings import as_dict, dump, parse
 from msamp_like.models.gpt import GPT, GPTConfig
-from msamp_like.optim import Muon, muon_groups
+from msamp_like.optim import GradientRelease, Muon, muon_groups
 
 LAST = 20
 """Steps over which the summary's training loss is the mean."""
@@ -149,6 +149,7 @@ def convert(model: GPT, config: GPTConfig, settings: Settings, ranks: Ranks) -> 
         overrides=parse_overrides(settings),
         mesh=ranks.mesh,
         zero_stage=settings.zero_stage if settings.zero_stage >= 0 else None,
+        gradient_release=GradientRelease(max_norm=settings.clip) if settings.gradient_release else False,
         seed=settings.seed,
     )
 
@@ -185,8 +186,9 @@ def train_step(job: Job, forward: Callable[..., Any], step: int) -> dict[str, An
                 _, micro_loss = forward(tokens, targets)
             (micro_loss / micro_batches).backward()
         loss += micro_loss.detach() / micro_batches
-    norm = amp.clip_grad_norm_(model, job.settings.clip)
+    norm = None if job.settings.gradient_release else amp.clip_grad_norm_(model, job.settings.clip)
     optimizer.step()
+    norm = optimizer.released.norm if norm is None else norm
     mean_loss, grad_norm = torch.stack((ranks.sum_(loss) / ranks.data_world, norm)).tolist()  # the step's one wait
     elapsed_s = time.perf_counter() - started
     return {

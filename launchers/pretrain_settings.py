@@ -20,9 +20,9 @@ LEARNING_RATES = {"tiny": 2e-3, "small": 1e-3, "125M": 6e-4, "7B": 3e-4, "13B": 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Configurable):
-    """Train a GPT on text in FP8 (O1, O2, O3) or BF16 (O0)."""
+    """Train a GPT on text in FP8 (O1, O2, O3, lean) or BF16 (O0)."""
 
-    level: str = "O2"  # Level of precision: O0 (BF16), O1, O2 or O3 (FP8).
+    level: str = "O2"  # Level of precision: O0 (BF16), O1, O2, O3 or lean (FP8).
     preset: Literal["tiny", "small", "125M", "7B", "13B", "175B"] = "tiny"  # Sizes of the model.
     steps: int = 300  # Optimizer steps of the whole run.
     out: str = "runs/pretrain"  # Directory of the run; it must not hold another.
@@ -51,6 +51,7 @@ class Settings(Configurable):
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors.
     weight_decay: float = 0.1  # Decoupled decay, of matrices alone.
     clip: float = 1.0  # Largest norm of the gradient.
+    gradient_release: bool = False  # Step each parameter in backward, free its gradient; clip by the last step's norm.
     seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
 
     recipe: Literal["", "delayed", "current", "rowwise", "blockwise", "mxfp8"] = ""  # Scales (empty: the level's own).
@@ -87,6 +88,11 @@ def check(settings: Settings, world: int) -> None:
         raise ValueError(
             f"--zero-stage must be 0, 1 or 2, or -1 for the level's own, got {s.zero_stage}; sharded parameters (3) "
             "are not built: give 2"
+        )
+    if s.gradient_release and s.micro_batches > 1:
+        raise ValueError(
+            f"--gradient-release frees a gradient in the backward that made it, got --micro-batches {s.micro_batches}; "
+            "take one micro-batch a step, or leave it out"
         )
     check_split(s, world)
     models = world // s.tensor_parallel

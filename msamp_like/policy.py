@@ -22,7 +22,9 @@ from msamp_like.formats import (
     FP8_FORMATS,
     FP16,
     FP32,
+    RESIDUAL,
     ROW,
+    UE5M3,
     WHOLE,
     Block,
     Format,
@@ -102,6 +104,8 @@ class Rule:
         if not self.format.scaled:
             return self.format.name
         rows, columns = self.block
+        if self.format == RESIDUAL:
+            return f"{self.format.name} of the weight, in 256th parts of its steps, {self.rounding} rounding"
         scope = {(-1, -1): "tensor", (1, -1): "row"}.get(self.block, f"{rows}x{columns}")
         source = f"{self.algorithm} of last {self.history}" if self.history else "this tensor"
         kind = "" if self.power_of_two else ", exact scale"
@@ -131,7 +135,8 @@ class Policy:
     """Role -> Rule, with exceptions by module name.
 
     ``parameter`` says what the parameter itself holds: the MASTER_WEIGHT (O1, O2: its compute copy is made from it), or
-    the WEIGHT that products read, its master kept by the optimizer (O0, and O3 where the owner keeps it).
+    the WEIGHT that products read, its master kept by the optimizer (O0, and O3 where the owner keeps it). A master of
+    format RESIDUAL is what the weight leaves, kept by the optimizer: both together are the master (lean).
     ``zero_stage`` is what data-parallel ranks share out: 0 nothing, 1 optimizer states and masters, 2 gradients too.
     ``exceptions`` are (pattern, product) pairs; a pattern is matched against the module's full name as a shell does,
     the last match wins, and a product is "bf16", "fp8", "smooth" (for the second linear layer of a gated product) or
@@ -150,6 +155,8 @@ class Policy:
             raise ValueError(f"a policy needs a rule for every role, {self.name!r} lacks {', '.join(missing)}")
         if self.parameter not in (Role.MASTER_WEIGHT, Role.WEIGHT):
             raise ValueError(f"a parameter holds its master_weight or its weight, got {self.parameter.value!r}")
+        for role in self.rules:
+            self._check_format(role)
         if self.zero_stage not in (0, 1, 2):
             raise ValueError(
                 f"zero_stage must be 0 (every rank has all states), 1 or 2, got {self.zero_stage!r}; for sharded "
@@ -162,6 +169,16 @@ class Policy:
         for role in GEMM_ROLES:
             check_same_kind(self.rules[GEMM_ROLES[0]].format.dtype, self.rules[role].format.dtype)
         object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
+
+    def _check_format(self, role: Role) -> None:
+        format = self.rules[role].format
+        if format == RESIDUAL and (role is not Role.MASTER_WEIGHT or self.parameter is not Role.WEIGHT):
+            raise ValueError(
+                f"a residual is what a weight leaves of its master, got one for {role.value} where the parameter is "
+                f"the {self.parameter.value}; give it to master_weight with parameter=Role.WEIGHT, as level lean has it"
+            )
+        if not format.signed and role is not Role.SECOND_MOMENT:
+            raise ValueError(f"a {role.value} has a sign, got {format}, which stores none; use e4m3, say")
 
     def __getitem__(self, role: Role) -> Rule:
         return self.rules[role]
@@ -316,7 +333,22 @@ O3 = replace(
 """O2 for several processes: the parameter is the E4M3 weight, its FP16 master lives with the rank that owns it, and
 what tensor and sequence parallelism exchange is E4M3 in blocks, whose scales travel with the codes."""
 
-LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2, O3)})
+LEAN = replace(
+    O2,
+    name="lean",
+    parameter=Role.WEIGHT,
+    rules={
+        **O2.rules,
+        Role.MASTER_WEIGHT: Rule(format=RESIDUAL, rounding="stochastic"),
+        Role.SECOND_MOMENT: Rule(format=UE5M3, block=_BLOCK, rounding="stochastic"),
+    },
+)
+"""O2 in five bytes: the E4M3 weight that products read is the upper half of its own master, both moments have 8 bits.
+
+The second moment has a format without a sign: of the 8-bit ones that convert in one instruction it alone loses no small
+value to zero, where it divides (docs/results/moments.json)."""
+
+LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2, O3, LEAN)})
 
 
 def matches(module_name: str, pattern: str) -> bool:

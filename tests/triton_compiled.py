@@ -16,15 +16,15 @@ from msamp_like.kernels import triton_adam, triton_both, triton_casts, triton_pr
 
 _TILE = {"PADDED": 128, "ELEMENTS": 128, "GROUP": 16, "TILES": 1}
 _CURRENT = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": False}
-_NOISY = {"X_FORMAT": "fp32", "FORMAT": "fp16", "NOISY": True, "SHARED": True, "WITH_AMAX": True, "SINGLE": True}
+_NOISY = {"X_FORMAT": "fp32", "FORMAT": "fp16", "NOISY": True, "LOWER_HALF": True, "WITH_AMAX": True, "SINGLE": True}
 _DEQUANTIZE = {"FORMAT": "e4m3", "X_FORMAT": "bf16", "SINGLE": False}
 _STORED = {"PARAM": "fp16", "FIRST": "e4m3", "SECOND": "fp16", "GRAD": "e4m3"}
 _ADAM = {
     **_STORED,
     **{f"{name}_BLOCKED": name != "GRAD" for name in _STORED},
     **{f"{name}_NOISY": name != "FIRST" for name in ("PARAM", "FIRST", "SECOND")},
+    **{f"{name}_LOWER_HALF": name == "SECOND" for name in ("PARAM", "FIRST", "SECOND")},
     "DECAY": "decoupled",
-    "SHARED": True,
 }
 _SCALES = {"scale_inv": "*fp32", "amax": "*i32"}
 _STATES = {f"{name}_scale_inv": "*fp32" for name in ("param", "grad", "first", "second")}
@@ -44,7 +44,7 @@ _KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
     (triton_both._both_kernel, _BOTH_POINTERS, _BOTH),
     (triton_products._product_kernel, _PRODUCT_POINTERS, _PRODUCT),
 ]
-_FLOATS = ("keep", "weight_decay", "beta1", "rest1", "beta2", "rest2", "rate", "correction2", "eps")
+_FLOATS = ("keep", "weight_decay", "beta1", "rest1", "beta2", "rest2", "rate", "eps")
 
 
 def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> str:

@@ -13,10 +13,20 @@ import re
 import pytest
 import torch
 
-from msamp_like.formats import BF16, E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, FP8_FORMATS, FP16, ROW, WHOLE
-from msamp_like.kernels import cuda, reference, torch_products, triton_adam, triton_both, triton_casts, triton_products
+from msamp_like.formats import BF16, E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, FP8_FORMATS, FP16, ROW, UE5M3, WHOLE
+from msamp_like.kernels import (
+    cuda,
+    reference,
+    reference_updates,
+    torch_products,
+    triton_adam,
+    triton_both,
+    triton_casts,
+    triton_products,
+)
 from msamp_like.kernels.fp8_units import Units, amd_units, nvidia_units
-from msamp_like.kernels.reference import AdamScalars, Operand
+from msamp_like.kernels.reference import Operand
+from msamp_like.kernels.reference_updates import AdamScalars
 from tests.operands import (
     BLOCKS,
     NOISE,
@@ -27,6 +37,7 @@ from tests.operands import (
     around_ties,
     every_code,
     every_number,
+    row_of,
     same,
     spread,
 )
@@ -90,7 +101,7 @@ def test_rounding_on_both_sides_of_every_tie(format):
     assert same(triton_casts.quantize(x, one, format, WHOLE), reference.quantize(x, one, format, WHOLE))
 
 
-@pytest.mark.parametrize("format", [*FP8_FORMATS, FP16, BF16], ids=str)
+@pytest.mark.parametrize("format", [*FP8_FORMATS, UE5M3, FP16, BF16], ids=str)
 def test_every_code_decodes(format):
     payload = every_code(format)
     scale_inv = torch.full((1, 1), 0.75)
@@ -151,9 +162,9 @@ def test_adam_equals_the_reference(stored, shape, noise):
     for weight_decay, decoupled, poison in kinds:
         expected = adam_operands(shape, STORED[stored], noise, poison)
         got = [t._replace(payload=t.payload.clone(), scale_inv=t.scale_inv.clone()) for t in expected]
-        scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, weight_decay, decoupled, step=4)
-        reference.adam_step_(*expected, scalars)
-        triton_adam.adam_step_(*got, scalars)
+        scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, weight_decay, decoupled)
+        reference_updates.adam_steps_([row_of(expected, step=4)], scalars)
+        triton_adam.adam_steps_([row_of(got, step=4)], scalars)
         for a, b in zip(got, expected, strict=True):
             assert same(a.payload, b.payload)
             assert same(a.scale_inv, b.scale_inv)
@@ -161,11 +172,13 @@ def test_adam_equals_the_reference(stored, shape, noise):
 
 def test_adam_says_when_it_is_not_fused(caplog):
     triton_adam._name_fallback.cache_clear()
-    scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.1, True, step=1)
+    scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.1, True)
     for _ in range(2):
-        triton_adam.adam_step_(*adam_operands((3, 256), STORED["one scale a tensor"], None, {}), scalars)
+        triton_adam.adam_steps_(
+            [row_of(adam_operands((3, 256), STORED["one scale a tensor"], None, {}), step=1)], scalars
+        )
     assert len(caplog.records) == 1
-    triton_adam.adam_step_(*adam_operands((3, 256), STORED["O2"], None, {}), scalars)
+    triton_adam.adam_steps_([row_of(adam_operands((3, 256), STORED["O2"], None, {}), step=1)], scalars)
     assert len(caplog.records) == 1
 
 

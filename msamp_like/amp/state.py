@@ -28,6 +28,11 @@ def clip_grad_norm_(model: nn.Module | Tensor | Iterable[Tensor], max_norm: floa
     """
     if not isinstance(model, nn.Module):
         return clip_grad.clip_grad_norm_(model, max_norm, norm_type)
+    if wiring_of(model).releases_gradients:
+        raise RuntimeError(
+            "gradients are clipped while they exist, got clip_grad_norm_ with gradient_release, which has freed them; "
+            "initialize with gradient_release=GradientRelease(max_norm=...) of msamp_like.optim"
+        )
     return clip_grad.clip_grad_norm_(model.parameters(), max_norm, norm_type, reduction=wiring_of(model).norms)
 
 

@@ -34,6 +34,7 @@ class Wiring:
         self.scattered: list[Tensor] = []
         self.removable: list[Any] = []
         self.released = False
+        self.releases_gradients = False
 
     def round_gradients(self, parameters: Iterable[Tensor], scattered: Sequence[Tensor]) -> None:
         """Have the first gradient of each of the parameters stored as the policy says, and marked if ``scattered``."""
@@ -75,6 +76,11 @@ class Converted:
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within it, backward accumulates gradients on this rank; the first backward outside of it reduces the sum."""
         reducer = self._wiring.reducer
+        if self._wiring.releases_gradients:
+            raise RuntimeError(
+                "micro-batches add up in gradients that stay, got no_sync() with gradient_release, which frees each in "
+                "the backward that made it; take one larger batch a step, or initialize without gradient_release"
+            )
         return reducer.no_sync() if reducer is not None else contextlib.nullcontext()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

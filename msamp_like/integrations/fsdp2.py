@@ -30,7 +30,7 @@ from msamp_like import amp
 from msamp_like import policy as policies
 from msamp_like.comm.collectives import replicate
 from msamp_like.comm.group import CountedGroup
-from msamp_like.formats import WHOLE
+from msamp_like.formats import RESIDUAL, WHOLE
 from msamp_like.integrations.fsdp2_communication import communicate
 from msamp_like.integrations.fsdp2_optimizer import (
     ShardedOptimizer,
@@ -158,6 +158,11 @@ def _checked_policy(policy: Policy) -> Policy:
             "FSDP2 gathers what a parameter holds, which has to be the weight with one scale, got policy "
             f"{policy.name}, whose parameter is {policy.parameter.value} ({policy.parameter_rule}); use level O3, or "
             "O0 for BF16"
+        )
+    if policy[Role.MASTER_WEIGHT].format == RESIDUAL:
+        raise ValueError(
+            f"under FSDP2 a shard's master is in one part, got policy {policy.name}, where it is a residual of the "
+            "weight; use level O3"
         )
     return policy
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,24 +23,36 @@ from torch import Tensor
 
 from msamp_like.formats import Block, Format, check_same_kind, format_of, grid_shape
 from msamp_like.kernels import attention as attention_reference
-from msamp_like.kernels import cpu, grouped, reference
-from msamp_like.kernels.reference import AdamScalars, Noise, Operand, adam_update
+from msamp_like.kernels import cpu, grouped, reference, reference_updates, table
+from msamp_like.kernels.reference import Noise, Operand
+from msamp_like.kernels.reference_updates import (
+    AdamScalars,
+    Residual,
+    Row,
+    adam_update,
+    dequantize_with_residual,
+    quantize_with_residual,
+)
 
 __all__ = [
     "AdamScalars",
     "Noise",
     "Operand",
-    "adam_step_",
+    "Residual",
+    "Row",
+    "adam_steps_",
     "adam_update",
     "amax",
     "attention_backward",
     "attention_forward",
     "dequantize",
+    "dequantize_with_residual",
     "grouped_matmul",
     "quantize",
     "quantize_amax",
     "quantize_both",
     "quantize_current",
+    "quantize_with_residual",
     "scale_inv_from_amax",
     "scaled_matmul",
     "store_",
@@ -69,11 +81,8 @@ _SCHEMAS = (
     " float scale, bool causal, ScalarType format, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
     " Tensor value) -> ()",
-    "adam_step_(Tensor(a!) param, Tensor(b!) param_scale_inv, int[2] param_block, SymInt[]? param_noise,"
-    " Tensor grad, Tensor grad_scale_inv, int[2] grad_block,"
-    " Tensor(c!) first, Tensor(d!) first_scale_inv, int[2] first_block, SymInt[]? first_noise,"
-    " Tensor(e!) second, Tensor(f!) second_scale_inv, int[2] second_block, SymInt[]? second_noise,"
-    " float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, SymInt step) -> ()",
+    f"adam_steps_({table.SCHEMA}, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled)"
+    " -> ()",
 )
 
 _LIBRARY = torch.library.Library("msamp_like", "DEF")
@@ -159,24 +168,29 @@ def store_(target: Operand, value: Tensor) -> None:
     _OPS.store_.default(*target, value)
 
 
-def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
-    """See :func:`.reference.adam_step_`."""
-    _OPS.adam_step_.default(*param, *grad[:3], *first, *second, *scalars)
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+    """See :func:`.reference_updates.adam_steps_`; all rows lie on one device and have as many states."""
+    _OPS.adam_steps_.default(*table.flatten(rows), *scalars)
 
 
 # --- which twin -----------------------------------------------------------------------------------------------------
 
 
+def _elsewhere(name: str) -> ModuleType:
+    return reference_updates if name == "adam_steps_" else reference
+
+
 @functools.cache
 def _on_cpu(name: str) -> ModuleType:
-    return cpu if cpu.available() else reference
+    twin = cpu if cpu.available() else reference
+    return twin if hasattr(twin, name) else _elsewhere(name)
 
 
 @functools.cache
 def _on_cuda(name: str) -> ModuleType:
     """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
     files = {
-        "adam_step_": "triton_adam",
+        "adam_steps_": "triton_adam",
         "scaled_matmul": "cuda",
         "quantize_both": "triton_both",
         "grouped_matmul": "triton_grouped",
@@ -184,13 +198,9 @@ def _on_cuda(name: str) -> ModuleType:
         "attention_backward": "triton_attention",
     }
     if importlib.util.find_spec("triton") is None:
-        return reference
+        return _elsewhere(name)
     twin = importlib.import_module(f"msamp_like.kernels.{files.get(name, 'triton_casts')}")
-    return twin if hasattr(twin, name) else reference
-
-
-def _elsewhere(name: str) -> ModuleType:
-    return reference
+    return twin if hasattr(twin, name) else _elsewhere(name)
 
 
 class _Device:
@@ -262,10 +272,10 @@ class _Device:
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
 
-    def adam_step_(self, *arguments: Any) -> None:
-        param, grad = _operand(*arguments[:4]), _operand(*arguments[4:7])
-        first, second = _operand(*arguments[7:11]), _operand(*arguments[11:15])
-        self.pick("adam_step_").adam_step_(param, grad, first, second, AdamScalars(*arguments[15:]))
+    def adam_steps_(self, *arguments: Any) -> None:
+        width = len(table.Flat._fields)
+        rows = table.unflatten(table.Flat(*arguments[:width]))
+        self.pick("adam_steps_").adam_steps_(rows, AdamScalars(*arguments[width:]))
 
 
 def _block(block: list[int]) -> Block:
@@ -343,7 +353,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         torch.empty(arguments[i].shape, dtype=arguments[-1], device=arguments[i].device) for i in (0, 3, 6)
     ),
     "store_": lambda *arguments: None,
-    "adam_step_": lambda *arguments: None,
+    "adam_steps_": lambda *arguments: None,
 }
 
 for _name, _shape in _SHAPES.items():

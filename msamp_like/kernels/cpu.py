@@ -3,8 +3,8 @@
 The library is optional. Where it was not built or cannot be loaded, :func:`status` says why and the reference runs. It
 uses OpenMP without bringing a runtime: torch's own is made visible before loading, so both share one pool of threads.
 
-Where a case has no fast path (float64 input, AMD's fnuz formats, an Adam step over two-dimensional blocks) the
-functions here call the reference themselves: the result is the same, bit for bit.
+Where a case has no fast path (float64 input, AMD's fnuz formats) the functions here call the reference themselves: the
+result is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from msamp_like.formats import FP8_DTYPES, Block, Format, block_extent, format_of, grid_shape, matrix_shape
 from msamp_like.kernels import reference
-from msamp_like.kernels.reference import AdamScalars, Noise, Operand
+from msamp_like.kernels.reference import Noise, Operand
 
 _TYPES = {  # the order of enum Type in cpu.cpp
     torch.float32: 0,
@@ -29,11 +29,10 @@ _TYPES = {  # the order of enum Type in cpu.cpp
     torch.float16: 2,
     torch.float8_e4m3fn: 3,
     torch.float8_e5m2: 4,
+    torch.uint8: 5,
 }
 _REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIMD_NAMES = ("baseline", "AVX2", "AVX-512")
-_TILE = 2048  # the longest run of cpu.cpp that an Adam step holds in the cache
-_MASK = 0xFFFFFFFF
 
 
 class NativeStatus(NamedTuple):
@@ -45,27 +44,7 @@ class NativeStatus(NamedTuple):
 
 
 class _Noise(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint32) for name in Noise._fields]
-
-
-class _Scalars(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_float) for name in ("shrink", "weight_decay", "beta1", "rest1", "beta2", "rest2", "eps")),
-        *((name, ctypes.c_float) for name in ("correction2", "rate")),
-        ("decoupled", ctypes.c_int32),
-    ]
-
-
-class _Stored(ctypes.Structure):
-    _fields_ = [
-        ("payload", ctypes.c_void_p),
-        ("scale_inv", ctypes.c_void_p),
-        ("noise", ctypes.POINTER(_Noise)),
-        ("type", ctypes.c_int32),
-        ("per_tile", ctypes.c_int32),
-        ("next_scale_inv", ctypes.c_float),
-        ("amax", ctypes.c_uint32),
-    ]
+    _fields_ = [(name, ctypes.c_uint32) for name in ("key0", "key1", "lower_half")]
 
 
 # --- the library ----------------------------------------------------------------------------------------------------
@@ -87,7 +66,6 @@ class _Native:
                 *(*shape, *how),
             ),
             "msamp_dequantize": (pointer, integer, pointer, pointer, integer, *shape, *how),
-            "msamp_adam": (pointer, pointer, size, size, size, *how),
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -99,7 +77,6 @@ class _Native:
         self.quantize = library.msamp_quantize
         self.quantize_current = library.msamp_quantize_current
         self.dequantize = library.msamp_dequantize
-        self.adam = library.msamp_adam
         self.simd: int = library.msamp_simd()
 
 
@@ -155,7 +132,7 @@ def _geometry(shape: torch.Size, block: Block) -> tuple[int, int, int, int]:
 
 
 def _noise(noise: Noise | None) -> _Noise | None:
-    return None if noise is None else _Noise(*(word & _MASK for word in noise))
+    return None if noise is None else _Noise(*reference.noise_keys(noise), noise.role & 2)
 
 
 def _has_fast_path(x: Tensor, stored: torch.dtype = torch.float32) -> bool:
@@ -338,62 +315,3 @@ def _exact_in_bf16(operand: Operand) -> bool:
 @functools.cache
 def _multiplies_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-# --- optimizer updates ----------------------------------------------------------------------------------------------
-
-
-def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
-    """See :func:`.reference.adam_step_`; one pass over the bytes, bit-equal.
-
-    Fast where every operand has one scale, or one for each run of the same length of at most 2048 elements. An FP16 or
-    8-bit operand with one scale for all costs a second pass: its scale must be known before it is written.
-    """
-    tile = _common_tile((param, first, second, grad))
-    if tile is None:
-        return reference.adam_step_(param, grad, first, second, scalars)
-    native = _native()
-    grad = grad._replace(payload=grad.payload.contiguous(), scale_inv=grad.scale_inv.contiguous())
-    noises = [_noise(operand.noise) for operand in (param, first, second, grad)]
-    stored = (_Stored * 4)(
-        *(_stored(operand, noise) for operand, noise in zip((param, first, second, grad), noises, strict=True))
-    )
-    # With one scale each the rows mean nothing, and one long row makes full tiles.
-    blocks = max(operand.scale_inv.numel() for operand in (param, first, second, grad))
-    rows, columns = matrix_shape(param.payload.shape) if blocks > 1 else (1, param.payload.numel())
-    s = scalars
-    native.adam(
-        ctypes.byref(stored),
-        ctypes.byref(
-            _Scalars(
-                *(1 - s.lr * s.weight_decay, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.eps),
-                *((1 - s.beta2**s.step) ** 0.5, s.lr / (1 - s.beta1**s.step), s.decoupled),
-            )
-        ),
-        *(rows, columns, tile, native.simd, _threads()),
-    )
-    return None
-
-
-def _common_tile(operands: tuple[Operand, ...]) -> int | None:
-    """Elements in the tiles of a fused step, or None where the operands' blocks have no tile in common."""
-    contiguous = all(t.payload.is_contiguous() and t.scale_inv.is_contiguous() for t in operands[:3])
-    known = all(t.payload.dtype in _TYPES for t in operands)
-    if operands[0].payload.numel() == 0 or not contiguous or not known:
-        return None
-    tiles = set()
-    for operand in operands:
-        _scales(operand.scale_inv, operand.payload.shape, operand.block)
-        if operand.scale_inv.numel() > 1:
-            tiles.add(block_extent(operand.payload.shape, operand.block))
-    if not tiles:
-        return _TILE
-    (block_rows, tile), *others = tiles
-    return tile if not others and block_rows == 1 and tile <= _TILE else None
-
-
-def _stored(operand: Operand, noise: _Noise | None) -> _Stored:
-    return _Stored(
-        *(operand.payload.data_ptr(), operand.scale_inv.data_ptr(), None if noise is None else ctypes.pointer(noise)),
-        *(_TYPES[operand.payload.dtype], operand.scale_inv.numel() > 1),
-    )

@@ -16,7 +16,7 @@ import struct
 import triton
 import triton.language as tl
 
-from msamp_like.formats import E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, FP16, Format
+from msamp_like.formats import E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, FP16, UE5M3, Format
 
 
 def _fp32_bits(value: float) -> int:
@@ -37,9 +37,11 @@ E4M3_LARGEST = tl.constexpr(_fp32_bits(E4M3.largest))
 E5M2_LARGEST = tl.constexpr(_fp32_bits(E5M2.largest))
 E4M3FNUZ_LARGEST = tl.constexpr(_fp32_bits(E4M3FNUZ.largest))
 FP16_LARGEST = tl.constexpr(_fp32_bits(FP16.largest))
+UE5M3_LARGEST = tl.constexpr(_fp32_bits(UE5M3.largest))
 E4M3_FIELD = tl.constexpr(_smallest_field(E4M3))
 E5M2_FIELD = tl.constexpr(_smallest_field(E5M2))
 FP16_FIELD = tl.constexpr(_smallest_field(FP16))
+UE5M3_FIELD = tl.constexpr(_smallest_field(UE5M3))
 E4M3FNUZ_FIELD = tl.constexpr(_smallest_field(E4M3FNUZ))
 E5M2FNUZ_FIELD = tl.constexpr(_smallest_field(E5M2FNUZ))
 E4M3FNUZ_UNIT = tl.constexpr(2.0**119)  # an FP32 number of the same exponent field is this much too small
@@ -64,6 +66,8 @@ def decode(raw, FORMAT: tl.constexpr):
     elif FORMAT == "e5m2":
         # An E5M2 number is the upper half of an FP16 number.
         value = (raw.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "ue5m3":
+        value = (raw.to(tl.int32) << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     elif FORMAT == "e4m3fnuz":
         value = _decode_fnuz(raw.to(tl.int32), 3, E4M3FNUZ_UNIT)
     elif FORMAT == "e5m2fnuz":
@@ -105,6 +109,9 @@ def encode(value, random, FORMAT: tl.constexpr, NOISY: tl.constexpr):
     elif FORMAT == "e5m2":
         code = _code(tl.minimum(magnitude, E5M2_LARGEST), random, NOISY, 2, E5M2_FIELD)
         code = tl.where(nan, 0x7F, code) | ((bits >> 24) & 0x80)
+    elif FORMAT == "ue5m3":
+        code = _code(tl.where(bits < 0, 0, tl.minimum(magnitude, UE5M3_LARGEST)), random, NOISY, 3, UE5M3_FIELD)
+        code = tl.where(nan, 0xFC, code)
     elif FORMAT == "e4m3fnuz":
         code = _code(tl.minimum(magnitude, E4M3FNUZ_LARGEST), random, NOISY, 3, E4M3FNUZ_FIELD)
         code = tl.where(nan, 0x80, tl.where(code > 0, code | ((bits >> 24) & 0x80), 0))
@@ -184,6 +191,8 @@ def scale_inv_of(amax_bits, FORMAT: tl.constexpr, MARGIN: tl.constexpr, POWER_OF
         scale_inv = _scale_inv(amax_bits, E5M2_LARGEST, MARGIN, POWER_OF_TWO)
     elif FORMAT == "fp16":
         scale_inv = _scale_inv(amax_bits, FP16_LARGEST, MARGIN, POWER_OF_TWO)
+    elif FORMAT == "ue5m3":
+        scale_inv = _scale_inv(amax_bits, UE5M3_LARGEST, MARGIN, POWER_OF_TWO)
     else:
         scale_inv = (amax_bits * 0 + 0x3F800000).to(tl.float32, bitcast=True)
     return tl.where(amax_bits >= INFINITY, float("inf"), scale_inv)

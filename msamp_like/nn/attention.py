@@ -100,10 +100,10 @@ class _Attention(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         with record_function("attention/quantize query, key and value"):
-            stored = [_stored(x, E4M3) for x in (query, key, value)]
+            q, k, v = (_stored(x, E4M3) for x in (query, key, value))
         with record_function("attention/output"):
-            output, log_sum = kernels.attention_forward(*stored, scale, causal, dtype)
-        ctx.save_for_backward(*(tensor for operand in stored for tensor in operand[:2]), output, log_sum)
+            output, log_sum = kernels.attention_forward(q, k, v, scale, causal, dtype)
+        ctx.save_for_backward(*q[:2], *k[:2], *v[:2], output, log_sum)
         ctx.settings = scale, causal, grad_format
         ctx.dtypes = [x.dtype for x in (query, key, value)]
         return output
@@ -112,14 +112,14 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *stored, output, log_sum = ctx.saved_tensors
-        operands = [Operand(*stored[i : i + 2], ROW) for i in (0, 2, 4)]
+        query, key, value = (Operand(payload, scale_inv, ROW) for payload, scale_inv in zip(stored[::2], stored[1::2]))
         scale, causal, grad_format = ctx.settings
         delta = (grad_output.float() * output.float()).sum(-1)
         with record_function("attention/quantize grad_output"):
             stored_grad = _stored(grad_output, grad_format)
         with record_function("attention/grad_query, grad_key and grad_value"):
             grads = kernels.attention_backward(
-                *operands, stored_grad, log_sum, delta, scale, causal, grad_format, output.dtype
+                query, key, value, stored_grad, log_sum, delta, scale, causal, grad_format, output.dtype
             )
         return (*(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None, None, None)
 
