@@ -336,8 +336,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict and what else a resume needs; the tensors are those of the optimizer, not copies."""
         saved = {**super().state_dict(), "seed": self.seed, "skipped_steps": self.skipped_steps}
-        if self.released is not None and self.released.norm is not None:
-            saved["gradient_norm"] = self.released.norm  # the next step clips by it
+        if self.released is not None:
+            saved["gradient_norms"] = self.released.state()
         return saved
 
     @torch.no_grad()
@@ -357,8 +357,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.seed = int(state_dict.get("seed", self.seed))
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
         if self.released is not None:
-            norm = state_dict.get("gradient_norm")
-            self.released.norm = None if norm is None else norm.clone()
+            self.released.load_state(state_dict.get("gradient_norms", {}))
 
     def check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless :meth:`load_state_dict` can take all of ``state_dict``; nothing is written."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,20 +28,20 @@ from msamp_like.tensor import ScalingTensor, real
 
 logger = logging.getLogger(__name__)
 
-NORMS = ("previous", "parameter")
+NORMS = ("latest", "parameter")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientRelease:
     """How gradients that are released are clipped; ``max_norm`` None: they are not.
 
-    ``norm`` "previous" divides by the joint norm of the step before, or by the gradient's own where that is larger:
-    never more than exact clipping would where norms fall, and as much where they are steady. "parameter" clips each
-    gradient by its own norm.
+    ``norm`` "latest" divides by the joint norm as far as it is known: of the gradients that this backward has made so
+    far, and for those to come of the step before. It is exact where norms do not change from step to step, and a single
+    gradient is never left longer than ``max_norm``. "parameter" clips each gradient by its own norm.
     """
 
     max_norm: float | None = None
-    norm: str = "previous"
+    norm: str = "latest"
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -69,6 +69,8 @@ class Released:
         self._parameters = parameters
         self._index = {id(p): i for i, p in enumerate(parameters)}
         self._prepare, self._update = prepare, update
+        self._before: dict[int, Tensor] = {}  # squared norms of the last closed step, FP64 scalars
+        self._total: Tensor | None = None  # sum of the latest of each
         self._powers: dict[int, Tensor] = {}
         self._finite: dict[int, Tensor] = {}
 
@@ -100,24 +102,46 @@ class Released:
         """What the gradient is multiplied by."""
         if self.settings.max_norm is None:
             return None
-        norm = torch.linalg.vector_norm(real(grad))
-        self._powers[index] = torch.where(self._finite[index], norm.square(), 0.0)
-        if self.settings.norm == "previous" and self.norm is not None:
-            norm = torch.maximum(norm, self.norm.to(norm.device))
-        return (self.settings.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        power = torch.linalg.vector_norm(real(grad)).double().square()
+        power = self._powers[index] = torch.where(self._finite[index], power, 0.0)
+        if self.settings.norm == "latest":
+            power = torch.maximum(power, self._joined(power, self._before.get(index)))
+        return (self.settings.max_norm / (power.sqrt() + 1e-6)).clamp(max=1.0).float()
+
+    def _joined(self, power: Tensor, before: Tensor | None) -> Tensor:
+        """The sum over all parameters, with one of them renewed."""
+        total = power if self._total is None else self._total.to(power.device) + power
+        self._total = total if before is None else total - before.to(power.device)
+        return self._total
 
     def close(self) -> int:
         """End of the step: 1 if a gradient was not finite, which is logged, else 0. One read of the device."""
         if self._powers:
-            device = self._parameters[0].device
-            powers = [self._powers[i].to(device) for i in sorted(self._powers)]  # not in the order of backward
-            self.norm = torch.stack(powers).sum().sqrt()
+            self._start_from(self._powers)
         flags = [self._finite[i] for i in sorted(self._finite)]
         self._powers, self._finite = {}, {}
         bad = int(torch.stack([~f.to(flags[0].device) for f in flags]).sum()) if flags else 0
         if bad:
             logger.warning("%d of %d gradients are not finite: each counted as zero for its parameter", bad, len(flags))
         return int(bad > 0)
+
+    def _start_from(self, powers: dict[int, Tensor]) -> None:
+        device = self._parameters[0].device
+        self._before = {i: powers[i].to(device) for i in sorted(powers)}  # not in the order of backward
+        self._total = torch.stack(list(self._before.values())).sum()
+        self.norm = self._total.sqrt().float()
+
+    def state(self) -> dict[str, Any]:
+        """What the next step clips by."""
+        if not self._before:
+            return {}
+        return {"indices": list(self._before), "powers": torch.stack(list(self._before.values()))}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state` was taken; nothing is the state of a run that kept its gradients."""
+        self._before, self._total, self.norm = {}, None, None
+        if state:
+            self._start_from(dict(zip(state["indices"], state["powers"].unbind(), strict=True)))
 
 
 def _call(released: Released, parameter: Tensor) -> None:
