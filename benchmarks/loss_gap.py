@@ -63,6 +63,9 @@ VARIANTS: dict[str, Variant] = {
     "O2, FP8 master weights, stochastic": Variant(policy=lambda: O2.with_rule(Role.MASTER_WEIGHT, "e4m3")),
     "O1": Variant(policy=lambda: O1),
     "O2, current scaling": Variant(policy=lambda: O2.with_recipe("current")),
+    "O2, rowwise": Variant(policy=lambda: O2.with_recipe("rowwise")),
+    "O2, blockwise": Variant(policy=lambda: O2.with_recipe("blockwise")),
+    "O2, mxfp8": Variant(policy=lambda: O2.with_recipe("mxfp8")),
     "O2, head in FP8 too": Variant(policy=lambda: O2.override({"lm_head": "fp8"})),
     "O2, first and last block in BF16": Variant(
         policy=lambda: O2.override({"blocks.0.*": "bf16", "blocks.3.*": "bf16"})
@@ -84,7 +87,17 @@ VARIANTS: dict[str, Variant] = {
         )
     ),
 }
-GATED = ("O0", "O2", "lean", "lean + release", "broken: FP8 master weights")
+GATED = (
+    "O0",
+    "O2",
+    "lean",
+    "lean + release",
+    "O2, current scaling",
+    "O2, rowwise",
+    "O2, blockwise",
+    "O2, mxfp8",
+    "broken: FP8 master weights",
+)
 
 
 def train(variant: str, seed: int, steps: int, batch_size: int = 8, context: int = 256) -> dict[str, Any]:

@@ -112,6 +112,14 @@ def test_a_non_finite_channel_flags_the_result():
     assert not model(x).isfinite().any()
 
 
+def test_no_tokens_are_no_tokens():
+    model = layer("smooth")
+    x = torch.randn(0, 96, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.shape == (0, 96)
+    assert model[0].weight.grad.dequantize().count_nonzero() == 0
+
+
 @pytest.mark.parametrize("level", ["O0", "O3"])
 def test_any_level_takes_it(level):
     model = layer("smooth", level=level, recipe="delayed")

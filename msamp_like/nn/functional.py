@@ -139,8 +139,10 @@ def _smoothed(input: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     https://arxiv.org/abs/2409.12517): late in training a few channels of a gated product grow by orders of magnitude,
     and one scale for the tensor then serves none. The factors are powers of two, so nothing is rounded here.
     """
-    amax = kernels.amax(input.detach(), (-1, 1))
-    channels = kernels.scale_inv_from_amax(amax, format)
+    if len(input) == 0:
+        return input, input.new_ones(1, input.shape[1], dtype=torch.float32)
+    amax = input.detach().abs().amax(dim=0, keepdim=True)  # a NaN stays one; a column at a time is slow in our kernels
+    channels = kernels.scale_inv_from_amax(amax.float(), format)
     return input * (1.0 / channels), channels
 
 
