@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 NATIVE = Extension(
     "msamp_like.kernels._cpu",
     sources=["msamp_like/kernels/cpu.cpp"],
-    depends=["msamp_like/kernels/cpu_kernels.h"],
+    depends=[f"msamp_like/kernels/{name}.h" for name in ("cpu_kernels", "cpu_fused", "cpu_fused_types", "cpu_fused_exports")],
     extra_compile_args=[
         *("-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions"),
         *("-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),

@@ -194,6 +194,13 @@ class Policy:
                 rules[role] = replace(rules[role], history=RECIPES[recipe])
         return replace(self, rules=rules)
 
+    def with_saved_activations(self, kind: str) -> Policy:
+        """With what norms, activations and elementwise products keep for backward in FP8 groups of 128 ("fp8"), or as
+        torch keeps it ("bf16")."""
+        if kind not in SAVED_ACTIVATIONS:
+            raise ValueError(f"saved activations must be one of {', '.join(SAVED_ACTIVATIONS)}, got {kind!r}")
+        return self.with_rule(Role.SAVED_ACTIVATION, SAVED_ACTIVATIONS[kind])
+
     def __str__(self) -> str:
         held = {self.parameter: "  (the parameter)"}
         lines = [f"policy {self.name}"]
@@ -206,6 +213,11 @@ RECIPES: Mapping[str, int] = MappingProxyType({"delayed": 16, "current": 0})
 """Recipe -> amax history of INPUT and GRAD_OUTPUT, in steps."""
 
 _BLOCK: Block = (1, 128)
+
+SAVED_ACTIVATIONS: Mapping[str, Rule] = MappingProxyType(
+    {"bf16": Rule(format=BF16), "fp8": Rule(format=E4M3, block=_BLOCK)}
+)
+"""What ``amp.initialize(saved_activations=...)`` takes, and the rule of SAVED_ACTIVATION that it means."""
 
 O0 = Policy(
     name="O0",

@@ -6,6 +6,7 @@
 // pool of threads serves both.
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -227,9 +228,12 @@ struct Kernels {
     void (*adam)(Adam&, int64_t, int64_t, bool);
 };
 
+#include "cpu_fused_types.h"
+
 #define ISA baseline
 #define LANES 4
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 
@@ -240,6 +244,7 @@ struct Kernels {
 #define ISA avx2
 #define LANES 8
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 #pragma GCC pop_options
@@ -249,6 +254,7 @@ struct Kernels {
 #define ISA avx512
 #define LANES 16
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 #pragma GCC pop_options
@@ -399,3 +405,5 @@ EXPORT void msamp_adam(Stored* stored, const AdamScalars* scalars, int64_t rows,
             if (!finite(*stored[k].scale_inv)) memset(stored[k].payload, 0, adam.grid.numel * SIZE[stored[k].type]);
         }
 }
+
+#include "cpu_fused_exports.h"

@@ -100,6 +100,7 @@ class _Native:
         self.quantize_current = library.msamp_quantize_current
         self.dequantize = library.msamp_dequantize
         self.adam = library.msamp_adam
+        self.library = library  # cpu_fused.py has functions of its own in it
         self.simd: int = library.msamp_simd()
 
 
