@@ -55,16 +55,18 @@ class SavedActivations(TorchFunctionMode):
         self.depth = 0
         self.enabled = True
         self.activated: tuple[Tensor, Tensor, Kept, str] | None = None  # the last activation, its input, what it kept
-        self.twins: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
-            F.layer_norm: self._layer_norm,
-            F.rms_norm: self._rms_norm,
-            F.gelu: self._gelu,
-            F.silu: self._silu,
-            F.cross_entropy: self._cross_entropy,
-            F.scaled_dot_product_attention: self._attention,
-            **dict.fromkeys((torch.Tensor.mul, torch.mul), self._product),
-            **dict.fromkeys((torch.Tensor.pow, torch.pow, torch.Tensor.__pow__), self._power),
-            **dict.fromkeys((torch.Tensor.square, torch.square), self._square),
+        # By name: torch has one function as method, operator and function, and torch.compile finds objects less surely.
+        self.twins: dict[str, Callable[..., Tensor | None]] = {
+            "layer_norm": self._layer_norm,
+            "rms_norm": self._rms_norm,
+            "gelu": self._gelu,
+            "silu": self._silu,
+            "mul": self._product,
+            "pow": self._power,
+            "square": self._square,
+            "cross_entropy": self._cross_entropy,
+            "scaled_dot_product_attention": self._attention,
+            "unflatten": self._unflatten,
         }
 
     def attach(self, model: nn.Module) -> list[Any]:
@@ -90,7 +92,7 @@ class SavedActivations(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        twin = self.twins.get(func) if self.enabled and torch.is_grad_enabled() else None
+        twin = self.twins.get(getattr(func, "__name__", "")) if self.enabled and torch.is_grad_enabled() else None
         made = None if twin is None else twin(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if made is None else made
 
@@ -111,6 +113,8 @@ class SavedActivations(TorchFunctionMode):
     ) -> Tensor | None:
         if not _worth(input, weight) or len(normalized_shape) != 1 or input.ndim < 2:
             return None
+        if eps is None and input.dtype != torch.float32:
+            return None  # torch's own choice, which is not one number
         with torch.no_grad():
             dtype = F.rms_norm(input.new_empty(0, input.shape[-1]), normalized_shape, weight, eps).dtype
         eps = torch.finfo(input.dtype).eps if eps is None else eps
@@ -166,6 +170,10 @@ class SavedActivations(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return None  # what a compiled block keeps is the compiler's choice, and no view
         return F.scaled_dot_product_attention(*_without_the_rest((query, key, value)), *args, **kwargs)
+
+    def _unflatten(self, input: Tensor, dim: int, sizes: Sequence[int]) -> Tensor | None:
+        # The method is Python that calls super(), which torch.compile does not follow below a mode.
+        return torch.unflatten(input, dim, sizes) if torch.compiler.is_compiling() else None
 
 
 def _worth(*tensors: Tensor | None) -> bool:
