@@ -2,13 +2,14 @@
 
 from setuptools import Extension, setup
 
+_HEADERS = ("cpu_kernels", "cpu_fused", "cpu_fused_types", "cpu_fused_exports")
 # A plain C interface, loaded through ctypes: no torch headers, so one build serves every version of torch. -fopenmp is
 # given to the compiler and not to the linker: torch's own OpenMP runtime resolves the symbols when the library is
 # loaded (kernels/cpu.py). -ffp-contract=off: a fused multiply-add rounds once where the reference rounds twice.
 NATIVE = Extension(
     "msamp_like.kernels._cpu",
     sources=["msamp_like/kernels/cpu.cpp"],
-    depends=[f"msamp_like/kernels/{name}.h" for name in ("cpu_kernels", "cpu_fused", "cpu_fused_types", "cpu_fused_exports")],
+    depends=[f"msamp_like/kernels/{name}.h" for name in _HEADERS],
     extra_compile_args=[
         *("-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions"),
         *("-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),

@@ -1,4 +1,4 @@
-"""FP8 saved activations on a whole model: what is kept, what comes out, checkpointing, torch.compile, and switching off."""
+"""FP8 saved activations on a whole model: what is kept, what comes out, checkpointing, torch.compile, and when."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_hand_written_norms_and_gates():
     x, direction = torch.randn(2, 64, 128, requires_grad=True), torch.randn(128)
 
     def forward(model, x):
-        return model(x).float() @ direction @ torch.ones(64) @ torch.ones(2)
+        return model(x.clone()).float() @ direction @ torch.ones(64) @ torch.ones(2)
 
     plain, saved = (run(build(saved=kind, model=Decoder)[0], x, forward) for kind in (None, "fp8"))
     assert abs(plain[0] / saved[0] - 1) < 1e-2  # BF16 products of values that differ in their last bits
@@ -174,7 +174,10 @@ def test_off_unless_asked_for():
         model, _ = build(saved=None, level=level)
         assert model._wiring.saved is None
         assert not model.blocks[0]._forward_pre_hooks
-    assert amp.policy_of(build(level="O2")[0])[Role.SAVED_ACTIVATION] == FP8
+    model, _ = build(level="O2")
+    assert amp.policy_of(model)[Role.SAVED_ACTIVATION] == FP8
+    assert str(amp.fp8_report(model)).endswith("saved activations: e4m3, scale per 1x128 from this tensor")
+    assert amp.fp8_report(build(saved="bf16")[0]).as_dict()["saved_activations"] == "as torch keeps them"
 
 
 def test_without_gradients_torch_computes():
@@ -209,7 +212,9 @@ def test_an_error_in_forward_switches_off():
     assert F.gelu(x).grad_fn.name() == "GeluBackward0"
 
 
-@pytest.mark.parametrize("rule", [Rule(format=E4M3), Rule(format=E4M3, block=(1, 256)), Rule(format=FP16, block=(1, 64))])
+@pytest.mark.parametrize(
+    "rule", [Rule(format=E4M3), Rule(format=E4M3, block=(1, 256)), Rule(format=FP16, block=(1, 64))]
+)
 def test_a_rule_that_no_kernel_keeps_is_refused(rule):
     with pytest.raises(ValueError, match="saved activations are FP8 with a scale for each 16 to 128"):
         build(saved=None, level=O2.with_rule(Role.SAVED_ACTIVATION, rule))

@@ -58,9 +58,9 @@ def initialize(
     ``level`` is "O0", "O1", "O2", "O3" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the level's
     own) or "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the torch
     optimizer built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None (None
-    does) for a model that only runs; schedulers built on it go on working. ``saved_activations="fp8"`` keeps what norms,
-    activations and elementwise products need for backward in FP8 (:mod:`msamp_like.nn.saved_activations`). ``seed`` starts the random stream of
-    stochastic rounding.
+    does) for a model that only runs; schedulers built on it go on working. ``seed`` starts the random stream of
+    stochastic rounding. ``saved_activations="fp8"`` keeps what norms, activations and elementwise products need for
+    backward in FP8 groups (:mod:`msamp_like.nn.saved_activations`), "bf16" as torch does; None is the level's own.
 
     Where a process group of more than one rank is initialised the model becomes data-parallel over it, or over
     ``process_group``, unless ``data_parallel=False``. ``mesh`` says instead which ranks are data-parallel ("dp"),

@@ -97,9 +97,10 @@ def load_state_dict(
 
 
 def fp8_report(model: nn.Module) -> Report:
-    """Every Linear and embedding: in FP8 or not, why not, and the share of the FLOPs and bytes. Print it."""
+    """Every Linear and embedding: in FP8 or not, why not, and the share of the FLOPs and bytes; and how what else is
+    kept for backward is stored. Print it."""
     wiring = wiring_of(model)
-    return make_report(wiring.policy.name, wiring.plans)
+    return make_report(wiring.policy, wiring.plans)
 
 
 def state_bytes(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) -> dict[str, int]:

@@ -11,7 +11,8 @@ namespace ISA {
 
 INLINE F exponential(F x) {
     const F low = floats(-87.0f), high = floats(88.0f);
-    x = x < low ? low : x;
+    const I vanishes = x < low;
+    x = vanishes ? low : x;
     x = x > high ? high : x;
     const F shift = floats(0x1.8p23f);  // adding it rounds to a whole number
     const F whole = (x * floats(1.44269504f) + shift) - shift;
@@ -23,7 +24,8 @@ INLINE F exponential(F x) {
     sum = sum * rest + floats(1.6666666e-1f);
     sum = sum * rest + floats(0.5f);
     sum = (sum * rest) * rest + rest + floats(1.0f);
-    return sum * (F)((__builtin_convertvector(whole, I) + 127) << 23);
+    const F power = sum * (F)((__builtin_convertvector(whole, I) + 127) << 23);
+    return vanishes ? F{} : power;  // 0 and not small: a masked logit has no share at all
 }
 
 INLINE F magnitude_of(F x) { return (F)((I)x & 0x7fffffff); }

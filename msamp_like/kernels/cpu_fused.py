@@ -1,9 +1,9 @@
 """The CPU twin of :mod:`.reference_fused`, in ``cpu_fused.h``: a row is read once and leaves as its targets ask.
 
 Payloads and scales are those of the reference on the same FP32 values. Those values differ in their last bits: the sums
-over a row run in vectors, exp and the normal distribution are polynomials, and a column's gradient is summed in 16 parts
-of the rows, whatever the number of threads. Where a case has no fast path (float64, groups that no vector of 2048
-divides into) the reference itself is called.
+over a row run in vectors, exp and the normal distribution are polynomials, and a column's gradient is summed in 16
+parts of the rows, whatever the number of threads. Where a case has no fast path (float64, groups whose size does not
+divide 2048) the reference itself is called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msamp_like.formats import WHOLE, format_of, grid_shape
+from msamp_like.formats import WHOLE, grid_shape
 from msamp_like.kernels import cpu, reference_fused
 from msamp_like.kernels.reference import Operand
 from msamp_like.kernels.reference_fused import KINDS, Grouped, Kept, Stored, Target
@@ -166,9 +166,7 @@ def norm_quantize(
     made, target = _new(x, out)
     held, target_kept = _new_kept(x, kept)
     addresses = x.data_ptr(), _address(scale), _address(shift), inverse.data_ptr()
-    _call(
-        "msamp_norm", _Norm(*addresses, target, target_kept, columns, eps, cpu._TYPES[x.dtype], centered), rows
-    )
+    _call("msamp_norm", _Norm(*addresses, target, target_kept, columns, eps, cpu._TYPES[x.dtype], centered), rows)
     return made, held, inverse
 
 
@@ -221,9 +219,8 @@ def activation_backward(
     if value is not None:
         made_value, target_value = _new(grad, out)
     factor = _Written() if value is None else _read(value)
-    arguments = _ActivationBackward(
-        *(grad.data_ptr(), _read(gate), factor, target, target_value, columns, cpu._TYPES[grad.dtype], KINDS.index(kind))
-    )
+    kinds = cpu._TYPES[grad.dtype], KINDS.index(kind)
+    arguments = _ActivationBackward(grad.data_ptr(), _read(gate), factor, target, target_value, columns, *kinds)
     _call("msamp_activation_backward", arguments, grad.numel() // columns)
     return made, made_value
 

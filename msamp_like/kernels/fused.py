@@ -106,38 +106,40 @@ def softmax_backward(kept: Operand, targets: Tensor, grad: Tensor, dtype: torch.
 # --- which twin -----------------------------------------------------------------------------------------------------
 
 
-def _on_cpu() -> ModuleType:
+def _on_cpu(name: str) -> ModuleType:
     return cpu_fused if cpu.available() else reference_fused
 
 
 @functools.cache
-def _on_cuda() -> ModuleType:
+def _on_cuda(name: str) -> ModuleType:
+    """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
     if importlib.util.find_spec("triton") is None:
         return reference_fused
-    return importlib.import_module("msamp_like.kernels.triton_fused")
+    file = "triton_softmax" if name.startswith("softmax") else "triton_fused"
+    return importlib.import_module(f"msamp_like.kernels.{file}")
 
 
-def _elsewhere() -> ModuleType:
+def _elsewhere(name: str) -> ModuleType:
     return reference_fused
 
 
 class _Device:
     """The ops on one kind of device: flat arguments back into named tuples, then the twin. Inputs are contiguous."""
 
-    def __init__(self, pick: Callable[[], Any]) -> None:
+    def __init__(self, pick: Callable[[str], Any]) -> None:
         self.pick = pick
 
     def norm_quantize(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool, *stored: Any
     ) -> tuple[Tensor, ...]:
         out, kept = _target(*stored[:3]), _grouped(*stored[3:])
-        made = self.pick().norm_quantize(x.contiguous(), weight, bias, eps, centered, out, kept)
+        made = self.pick("norm_quantize").norm_quantize(x.contiguous(), weight, bias, eps, centered, out, kept)
         return *made[0], *made[1], made[2]
 
     def norm_backward(
         self, grad: Tensor, payload: Tensor, scale_inv: Tensor, block: list[int], *rest: Any
     ) -> tuple[Tensor, ...]:
-        made: tuple[Tensor, ...] = self.pick().norm_backward(
+        made: tuple[Tensor, ...] = self.pick("norm_backward").norm_backward(
             grad.contiguous(), _operand(payload, scale_inv, block), *rest
         )
         return made
@@ -145,7 +147,7 @@ class _Device:
     def activation_quantize(self, gate: Tensor, value: Tensor | None, kind: str, *stored: Any) -> tuple[Tensor, ...]:
         out, kept = _target(*stored[:3]), _grouped(*stored[3:])
         factor = None if value is None else value.contiguous()
-        made = self.pick().activation_quantize(gate.contiguous(), factor, kind, out, kept)
+        made = self.pick("activation_quantize").activation_quantize(gate.contiguous(), factor, kind, out, kept)
         return *made[0], *made[1], *made[2]
 
     def activation_backward(
@@ -153,19 +155,19 @@ class _Device:
         block: list[int], kind: str, *out: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         factor = None if value is None or value_scale_inv is None else _operand(value, value_scale_inv, block)
-        made = self.pick().activation_backward(
+        made = self.pick("activation_backward").activation_backward(
             grad.contiguous(), _operand(gate, gate_scale_inv, block), factor, kind, _target(*out)
         )
         return *made[0], *made[1]
 
     def softmax_quantize(self, logits: Tensor, *kept: Any) -> tuple[Tensor, ...]:
-        made = self.pick().softmax_quantize(logits.contiguous(), _grouped(*kept))
+        made = self.pick("softmax_quantize").softmax_quantize(logits.contiguous(), _grouped(*kept))
         return made[0], *made[1]
 
     def softmax_backward(self, payload: Tensor, scale_inv: Tensor, block: list[int], *rest: Any) -> Tensor:
         targets, grad, dtype = rest
         kept = _operand(payload, scale_inv, block)
-        return self.pick().softmax_backward(kept, targets.contiguous(), grad.contiguous(), dtype)
+        return self.pick("softmax_backward").softmax_backward(kept, targets.contiguous(), grad.contiguous(), dtype)
 
 
 def _block(block: list[int]) -> Block:

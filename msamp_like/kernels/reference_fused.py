@@ -1,9 +1,9 @@
 """Definitions of the fused kernels: a norm, an activation or a softmax together with the casts of what leaves it.
 
-Each reads its input once, and writes the result (as it is, or quantized for the product that reads it) and what backward
-keeps of it, quantized in groups. The casts are those of :mod:`.reference`, so payload and scales are bit-equal wherever
-the FP32 values before them are. Those are not defined to the bit: a row's sums may run in another order, and exp, erf
-and tanh are what a device's library gives; the parity tests bound both.
+Each reads its input once, and writes the result (as it is, or quantized for the product that reads it) and what
+backward keeps of it, quantized in groups. The casts are those of :mod:`.reference`, so payload and scales are bit-equal
+wherever the FP32 values before them are. Those are not defined to the bit: a row's sums may run in another order, and
+exp, erf and tanh are what a device's library gives; the parity tests bound both.
 
 What is kept: a norm its normalized input, which its backward needs and no mean; an activation its input, a product its
 factors; a softmax its probabilities. Backward is taken at the values kept.

@@ -1,12 +1,12 @@
-"""Triton twin of :mod:`msamp_like.kernels.reference_fused`, for CUDA and ROCm.
+"""Triton twin of the norms and activations of :mod:`msamp_like.kernels.reference_fused`, for CUDA and ROCm.
 
-A norm has a row in registers, read once; a softmax reads its row three times, from L2 after the first; activations work
-on whole groups. Bytes moved for BF16 in and out and one byte kept: norm and activation 5 an element, a gated activation
-8, norm backward 5. The casts are those of :mod:`.triton_codec`, bit-equal to the reference on the same FP32 values; the
-values differ in last bits (the order of a sum, and exp and erf as the device has them).
+A norm has a row in registers and reads it once; activations work on whole groups. Bytes moved for BF16 in and out and
+one byte kept: norm and activation 5 an element, a gated activation 8, norm backward 5. The casts are those of
+:mod:`.triton_codec`, bit-equal to the reference on the same FP32 values; the values differ in last bits (the order of a
+sum, and exp and erf as the device has them).
 
-Groups are powers of two, and a quantized result has the groups of what is kept, or one delayed scale; for anything else,
-and for rows beyond 64 K, the reference runs. The speed is not measured yet.
+Groups are powers of two, and a quantized result has the groups of what is kept, or one delayed scale; for anything
+else, and for norms of rows beyond 65,536, the reference runs. The speed is not measured yet.
 """
 
 from typing import Any
@@ -35,12 +35,12 @@ _PARTS = 256
 
 
 @triton.jit
-def _sum(tile):
+def row_sum(tile):
     return tl.sum(tl.sum(tile, axis=1), axis=0)
 
 
 @triton.jit
-def _keep(value, payload, scale_inv, offsets, inside, groups, exist, FORMAT: tl.constexpr):
+def keep(value, payload, scale_inv, offsets, inside, groups, exist, FORMAT: tl.constexpr):
     """Writes a tile of (groups, elements), each group with a scale of its own."""
     scales = scale_inv_of(tl.max(magnitude_bits(value), axis=1), FORMAT, 0, True)
     tl.store(scale_inv + groups, scales, mask=exist)
@@ -65,7 +65,7 @@ def _write(value, payload, scale_inv, amax, offsets, inside, groups, exist, FORM
 
 
 @triton.jit
-def _read(payload, scale_inv, offsets, inside, groups, exist, FORMAT: tl.constexpr):
+def read(payload, scale_inv, offsets, inside, groups, exist, FORMAT: tl.constexpr):
     scales = tl.load(scale_inv + groups, mask=exist, other=1.0)
     return decode(tl.load(payload + offsets, mask=inside, other=0), FORMAT) * scales[:, None]
 
@@ -89,13 +89,13 @@ def _norm_kernel(
     offsets = row * columns + places
     value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
     if CENTERED:
-        value = tl.where(inside, value - _sum(value) / columns, 0.0)
-    deviation = tl.sqrt_rn(_sum(value * value) / columns + eps)
+        value = tl.where(inside, value - row_sum(value) / columns, 0.0)
+    deviation = tl.sqrt_rn(row_sum(value * value) / columns + eps)
     factor = tl.div_rn(deviation * 0.0 + 1.0, deviation)
     tl.store(inverse + row, factor)
     value = value * factor
     groups = row * tl.cdiv(columns, BLOCK) + groups
-    _keep(value, kept, kept_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
+    keep(value, kept, kept_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
     if WEIGHTED:
         value = value * tl.load(weight + places, mask=inside, other=0.0)
     if BIASED:
@@ -119,15 +119,15 @@ def _norm_backward_kernel(
         offsets = row * columns + places
         numbers = row * tl.cdiv(columns, BLOCK) + groups
         given = decode(tl.load(grad + offsets, mask=present, other=0), GRAD_FORMAT)
-        normalized = _read(kept, kept_scale_inv, offsets, present, numbers, exist & (row < rows), KEPT_FORMAT)
+        normalized = read(kept, kept_scale_inv, offsets, present, numbers, exist & (row < rows), KEPT_FORMAT)
         factor = tl.load(inverse + row, mask=row < rows, other=0.0)
         sum_weight += given * normalized
         sum_bias += given
         if WEIGHTED:
             given = given * tl.load(weight + places, mask=inside, other=0.0)
-        value = given - normalized * (_sum(given * normalized) / columns)
+        value = given - normalized * (row_sum(given * normalized) / columns)
         if CENTERED:
-            value = value - _sum(given) / columns
+            value = value - row_sum(given) / columns
         tl.store(grad_input + offsets, convert(value * factor, OUT_FORMAT), mask=present)
     tl.store(grad_weight + part * columns + places, sum_weight, mask=inside)
     tl.store(grad_bias + part * columns + places, sum_bias, mask=inside)
@@ -169,11 +169,11 @@ def _activation_kernel(
     exist = groups < num_blocks(rows, columns, 1, BLOCK)
     offsets, inside = block_offsets(groups, tl.arange(0, BLOCK), rows, columns, 1, BLOCK, BLOCK)
     x = decode(tl.load(gate + offsets, mask=inside, other=0), GATE_FORMAT)
-    _keep(x, kept_gate, gate_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
+    keep(x, kept_gate, gate_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
     result = x * _share_below(x, KIND)
     if GATED:
         factor = decode(tl.load(value + offsets, mask=inside, other=0), VALUE_FORMAT)
-        _keep(factor, kept_value, value_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
+        keep(factor, kept_value, value_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
         result = result * factor
     _write(result, payload, scale_inv, amax, offsets, inside, groups, exist, OUT_FORMAT, HOW)
 
@@ -189,11 +189,11 @@ def _activation_backward_kernel(
     exist = groups < num_blocks(rows, columns, 1, BLOCK)
     offsets, inside = block_offsets(groups, tl.arange(0, BLOCK), rows, columns, 1, BLOCK, BLOCK)
     given = decode(tl.load(grad + offsets, mask=inside, other=0), GRAD_FORMAT)
-    x = _read(kept_gate, gate_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
+    x = read(kept_gate, gate_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
     below = _share_below(x, KIND)
     steep = _slope(x, below, KIND)
     if GATED:
-        factor = _read(kept_value, value_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
+        factor = read(kept_value, value_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
         _write(
             given * (x * below), grad_value, grad_value_scale_inv, grad_value_amax, offsets, inside, groups, exist,
             OUT_FORMAT, HOW,
@@ -202,57 +202,10 @@ def _activation_backward_kernel(
     _write(given * steep, grad_gate, scale_inv, amax, offsets, inside, groups, exist, OUT_FORMAT, HOW)
 
 
-@triton.jit
-def _softmax_kernel(
-    logits, sums, kept, kept_scale_inv, columns,
-    X_FORMAT: tl.constexpr, KEPT_FORMAT: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    in_row = tl.cdiv(columns, BLOCK)
-    largest = tl.full((GROUPS, BLOCK), float("-inf"), tl.float32)
-    for first in range(0, in_row, GROUPS):
-        places = (first + tl.arange(0, GROUPS))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        value = decode(tl.load(logits + row * columns + places, mask=places < columns, other=0), X_FORMAT)
-        largest = tl.maximum(largest, tl.where(places < columns, value, float("-inf")))
-    top = tl.max(tl.max(largest, axis=1), axis=0)
-    total = tl.zeros((GROUPS, BLOCK), tl.float32)
-    for first in range(0, in_row, GROUPS):
-        places = (first + tl.arange(0, GROUPS))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        value = decode(tl.load(logits + row * columns + places, mask=places < columns, other=0), X_FORMAT)
-        total += tl.where(places < columns, tl.exp(value - top), 0.0)
-    log_sum = top + tl.log(_sum(total))
-    tl.store(sums + row, log_sum)
-    for first in range(0, in_row, GROUPS):
-        groups = first + tl.arange(0, GROUPS)
-        places = groups[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        offsets = row * columns + places
-        inside = places < columns
-        value = decode(tl.load(logits + offsets, mask=inside, other=0), X_FORMAT)
-        value = tl.where(inside, tl.exp(value - log_sum), 0.0)
-        _keep(value, kept, kept_scale_inv, offsets, inside, row * in_row + groups, groups < in_row, KEPT_FORMAT)
-
-
-@triton.jit
-def _softmax_backward_kernel(
-    kept, kept_scale_inv, targets, grad, result, rows, columns,
-    KEPT_FORMAT: tl.constexpr, OUT_FORMAT: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    exist = groups < num_blocks(rows, columns, 1, BLOCK)
-    offsets, inside = block_offsets(groups, tl.arange(0, BLOCK), rows, columns, 1, BLOCK, BLOCK)
-    row = groups // tl.cdiv(columns, BLOCK)
-    target = tl.load(targets + row, mask=exist, other=-1)
-    given = tl.load(grad + row, mask=exist, other=0.0)
-    value = _read(kept, kept_scale_inv, offsets, inside, groups, exist, KEPT_FORMAT)
-    column = offsets - row.to(tl.int64)[:, None] * columns
-    value = tl.where(column == target[:, None], value - 1.0, value) * given[:, None]
-    tl.store(result + offsets, convert(value, OUT_FORMAT), mask=inside)
-
-
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def _is_fast(tensors: tuple[Tensor | None, ...], block: tuple[int, int], out: Target | None = None) -> bool:
+def is_fast(tensors: tuple[Tensor | None, ...], block: tuple[int, int], out: Target | None = None) -> bool:
     real = all(t is None or (t.dtype in _REAL_DTYPES and t.numel() > 0) for t in tensors)
     groups = block[0] == 1 and block[1] >= 16 and block[1] & (block[1] - 1) == 0
     return real and groups and (out is None or _how(out, block) != "")
@@ -276,7 +229,7 @@ def _new(like: Tensor, out: Target) -> Stored:
     return Stored(payload, torch.empty_like(amax) if out.scale_inv is None else out.scale_inv.clone(), amax)
 
 
-def _new_kept(like: Tensor, kept: Grouped) -> Kept:
+def new_kept(like: Tensor, kept: Grouped) -> Kept:
     grid = grid_shape(like.shape, kept.block)
     payload = torch.empty(like.shape, dtype=kept.format.dtype, device=like.device)
     return Kept(payload, torch.empty(grid, device=like.device))
@@ -286,7 +239,7 @@ def _bits(stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
     return raw(stored.payload), stored.scale_inv, raw(stored.amax)
 
 
-def _name(tensor: Tensor) -> str:
+def name_of(tensor: Tensor) -> str:
     return format_of(tensor.dtype).name
 
 
@@ -297,7 +250,7 @@ def _row_options(columns: int, block: tuple[int, int]) -> dict[str, Any]:
     return {"GROUPS": groups, "BLOCK": block[1], "num_warps": warps, "enable_fp_fusion": False}
 
 
-def _tile_options(block: tuple[int, int]) -> dict[str, Any]:
+def tile_options(block: tuple[int, int]) -> dict[str, Any]:
     return {"GROUPS": _TILE_ELEMENTS // block[1], "BLOCK": block[1], "num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -309,14 +262,14 @@ def norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool, out: Target, kept: Grouped
 ) -> tuple[Stored, Kept, Tensor]:
     """See :func:`.reference_fused.norm_quantize`."""
-    if not _is_fast((x,), kept.block, out) or x.shape[-1] > _LONGEST_ROW:
+    if not is_fast((x,), kept.block, out) or x.shape[-1] > _LONGEST_ROW:
         return reference_fused.norm_quantize(x, weight, bias, eps, centered, out, kept)
     rows, columns = matrix_shape(x.shape)
-    made, held, inverse = _new(x, out), _new_kept(x, kept), torch.empty(rows, device=x.device)
+    made, held, inverse = _new(x, out), new_kept(x, kept), torch.empty(rows, device=x.device)
     launch(
         _norm_kernel, x, rows, raw(x), _vector(weight), _vector(bias), inverse, *_bits(made), raw(held.payload),
         held.scale_inv, columns, eps,
-        CENTERED=centered, WEIGHTED=weight is not None, BIASED=bias is not None, X_FORMAT=_name(x),
+        CENTERED=centered, WEIGHTED=weight is not None, BIASED=bias is not None, X_FORMAT=name_of(x),
         OUT_FORMAT=format_of(out.dtype).name, HOW=_how(out, kept.block), KEPT_FORMAT=kept.format.name,
         **_row_options(columns, kept.block),
     )  # fmt: skip
@@ -327,7 +280,7 @@ def norm_backward(
     grad: Tensor, kept: Operand, inverse: Tensor, weight: Tensor | None, centered: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`.reference_fused.norm_backward`."""
-    if not _is_fast((grad,), kept.block, Target(dtype)) or grad.shape[-1] > _LONGEST_ROW:
+    if not is_fast((grad,), kept.block, Target(dtype)) or grad.shape[-1] > _LONGEST_ROW:
         return reference_fused.norm_backward(grad, kept, inverse, weight, centered, dtype)
     rows, columns = matrix_shape(grad.shape)
     rows_each = triton.cdiv(rows, _PARTS)
@@ -337,7 +290,7 @@ def norm_backward(
     launch(
         _norm_backward_kernel, grad, parts, raw(grad), raw(kept.payload), kept.scale_inv, inverse, _vector(weight),
         raw(made), sums[0], sums[1], rows, columns, rows_each,
-        CENTERED=centered, WEIGHTED=weight is not None, GRAD_FORMAT=_name(grad), KEPT_FORMAT=_name(kept.payload),
+        CENTERED=centered, WEIGHTED=weight is not None, GRAD_FORMAT=name_of(grad), KEPT_FORMAT=name_of(kept.payload),
         OUT_FORMAT=format_of(dtype).name, **_row_options(columns, kept.block),
     )  # fmt: skip
     return made, sums[0].sum(0), sums[1].sum(0)
@@ -347,18 +300,19 @@ def activation_quantize(
     gate: Tensor, value: Tensor | None, kind: str, out: Target, kept: Grouped
 ) -> tuple[Stored, Kept, Kept]:
     """See :func:`.reference_fused.activation_quantize`."""
-    if not _is_fast((gate, value), kept.block, out):
+    if not is_fast((gate, value), kept.block, out):
         return reference_fused.activation_quantize(gate, value, kind, out, kept)
-    made, held, held_value = _new(gate, out), _new_kept(gate, kept), None
+    made, held, held_value = _new(gate, out), new_kept(gate, kept), None
     if value is not None:
-        held_value = _new_kept(value, kept)
+        held_value = new_kept(value, kept)
     factors = (None, None) if held_value is None else (raw(held_value.payload), held_value.scale_inv)
-    options = _tile_options(kept.block)
+    options = tile_options(kept.block)
     launch(
         _activation_kernel, gate, triton.cdiv(held.scale_inv.numel(), options["GROUPS"]), raw(gate),
         None if value is None else raw(value), *_bits(made), raw(held.payload), held.scale_inv, *factors,
         *matrix_shape(gate.shape),
-        KIND=kind, GATED=value is not None, GATE_FORMAT=_name(gate), VALUE_FORMAT="" if value is None else _name(value),
+        KIND=kind, GATED=value is not None, GATE_FORMAT=name_of(gate),
+        VALUE_FORMAT="" if value is None else name_of(value),
         OUT_FORMAT=format_of(out.dtype).name, HOW=_how(out, kept.block), KEPT_FORMAT=kept.format.name, **options,
     )  # fmt: skip
     if held_value is None:
@@ -371,46 +325,19 @@ def activation_backward(
     grad: Tensor, gate: Operand, value: Operand | None, kind: str, out: Target
 ) -> tuple[Stored, Stored]:
     """See :func:`.reference_fused.activation_backward`."""
-    if not _is_fast((grad,), gate.block, out):
+    if not is_fast((grad,), gate.block, out):
         return reference_fused.activation_backward(grad, gate, value, kind, out)
     made, made_value = _new(grad, out), None if value is None else _new(grad, out)
     factors = (None, None) if value is None else (raw(value.payload), value.scale_inv)
-    options = _tile_options(gate.block)
+    options = tile_options(gate.block)
     launch(
         _activation_backward_kernel, grad, triton.cdiv(gate.scale_inv.numel(), options["GROUPS"]), raw(grad),
         raw(gate.payload), gate.scale_inv, *factors, *_bits(made),
         *((None, None, None) if made_value is None else _bits(made_value)), *matrix_shape(grad.shape),
-        KIND=kind, GATED=value is not None, GRAD_FORMAT=_name(grad), KEPT_FORMAT=_name(gate.payload),
+        KIND=kind, GATED=value is not None, GRAD_FORMAT=name_of(grad), KEPT_FORMAT=name_of(gate.payload),
         OUT_FORMAT=format_of(out.dtype).name, HOW=_how(out, gate.block), **options,
     )  # fmt: skip
     if made_value is None:
         none = torch.empty(0, device=grad.device)
         made_value = Stored(none.to(out.dtype), none, none.clone())
     return made, made_value
-
-
-def softmax_quantize(logits: Tensor, kept: Grouped) -> tuple[Tensor, Kept]:
-    """See :func:`.reference_fused.softmax_quantize`."""
-    if not _is_fast((logits,), kept.block):
-        return reference_fused.softmax_quantize(logits, kept)
-    rows, columns = logits.shape
-    held, sums = _new_kept(logits, kept), torch.empty(rows, device=logits.device)
-    launch(
-        _softmax_kernel, logits, rows, raw(logits), sums, raw(held.payload), held.scale_inv, columns,
-        X_FORMAT=_name(logits), KEPT_FORMAT=kept.format.name, **_tile_options(kept.block),
-    )  # fmt: skip
-    return sums, held
-
-
-def softmax_backward(kept: Operand, targets: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """See :func:`.reference_fused.softmax_backward`."""
-    if not _is_fast((grad,), kept.block, Target(dtype)):
-        return reference_fused.softmax_backward(kept, targets, grad, dtype)
-    made = torch.empty(kept.payload.shape, dtype=dtype, device=grad.device)
-    options = _tile_options(kept.block)
-    launch(
-        _softmax_backward_kernel, grad, triton.cdiv(kept.scale_inv.numel(), options["GROUPS"]), raw(kept.payload),
-        kept.scale_inv, targets, grad.float(), raw(made), *kept.payload.shape,
-        KEPT_FORMAT=_name(kept.payload), OUT_FORMAT=format_of(dtype).name, **options,
-    )  # fmt: skip
-    return made

@@ -41,8 +41,8 @@ def check_rule(rule: Rule) -> None:
     rows, columns = rule.block
     if rule.format.scaled and (rule.format not in FP8_FORMATS or rows != 1 or not GROUPS[0] <= columns <= GROUPS[1]):
         raise ValueError(
-            f"saved activations are FP8 with a scale for each {GROUPS[0]} to {GROUPS[1]} elements of a row, got {rule}; "
-            "give saved_activations='fp8', or a rule with block=(1, 128)"
+            f"saved activations are FP8 with a scale for each {GROUPS[0]} to {GROUPS[1]} elements of a row, got "
+            f"{rule}; give saved_activations='fp8', or a rule with block=(1, 128)"
         )
 
 
@@ -169,7 +169,8 @@ class SavedActivations(TorchFunctionMode):
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         if torch.compiler.is_compiling():
             return None  # what a compiled block keeps is the compiler's choice, and no view
-        return F.scaled_dot_product_attention(*_without_the_rest((query, key, value)), *args, **kwargs)
+        query, key, value = _without_the_rest((query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
     def _unflatten(self, input: Tensor, dim: int, sizes: Sequence[int]) -> Tensor | None:
         # The method is Python that calls super(), which torch.compile does not follow below a mode.

@@ -45,8 +45,9 @@ def gated(gate: Tensor, activated: Tensor, gate_kept: Kept, value: Tensor, kind:
 
 
 def product(a: Tensor, b: Tensor, rule: Rule) -> Tensor:
-    """``a * b``; keeps each factor that is as large as the result as ``rule``, a smaller one as it is."""
-    return _Product.apply(a, b, rule)
+    """``a * b``; keeps a factor as large as the result as ``rule``, a smaller one, or a leaf, as it is: that costs
+    little, or nothing, for whoever made it holds it anyway."""
+    return _Product.apply(a, b, rule, (not a.is_leaf, not b.is_leaf))
 
 
 def square(x: Tensor, rule: Rule) -> Tensor:
@@ -114,7 +115,8 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        kept = Operand(*ctx.saved_tensors, ctx.block)
+        payload, scale_inv = ctx.saved_tensors
+        kept = Operand(payload, scale_inv, ctx.block)
         return fused.activation_backward(grad, kept, None, ctx.kind, Target(grad.dtype))[0].payload, None, None
 
 
@@ -131,7 +133,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gate, value = (Operand(*ctx.saved_tensors[i : i + 2], ctx.block) for i in (0, 2))
+        saved = ctx.saved_tensors
+        gate, value = (Operand(saved[i], saved[i + 1], ctx.block) for i in (0, 2))
         grads = fused.activation_backward(grad, gate, value, ctx.kind, Target(grad.dtype))
         made = (stored.payload.to(dtype) for stored, dtype in zip(grads, ctx.dtypes, strict=True))
         return *made, None, None, None, None, None
@@ -139,10 +142,12 @@ class _Gated(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, rule: Rule) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, a: Tensor, b: Tensor, rule: Rule, made_here: tuple[bool, bool]
+    ) -> Tensor:
         made = a * b
-        ctx.large = a.shape == made.shape, b.shape == made.shape
-        kept = (_keep(x, rule) if large else (x, None) for x, large in zip((a, b), ctx.large, strict=True))
+        large = (own and x.shape == made.shape for x, own in zip((a, b), made_here, strict=True))
+        kept = (_keep(x, rule) if yes else (x, None) for x, yes in zip((a, b), large, strict=True))
         ctx.save_for_backward(*(t for pair in kept for t in pair))
         ctx.block, ctx.likes = rule.block, ((a.shape, a.dtype), (b.shape, b.dtype))
         return made
@@ -152,8 +157,9 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved, likes = ctx.saved_tensors, ctx.likes
         factors = [_read(saved[2 * i : 2 * i + 2], ctx.block, likes[i][1]) for i in (0, 1)]
-        grads = ((grad * other).sum_to_size(shape).to(dtype) for other, (shape, dtype) in zip(factors[::-1], likes, strict=True))
-        return *grads, None
+        pairs = zip(reversed(factors), likes, strict=True)
+        grads = [(grad * other).sum_to_size(shape).to(dtype) for other, (shape, dtype) in pairs]
+        return *grads, None, None
 
 
 def _read(kept: Sequence[Tensor | None], block: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -173,7 +179,8 @@ class _Square(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad * 2 * kernels.dequantize(*ctx.saved_tensors, ctx.block, ctx.dtype), None
+        payload, scale_inv = ctx.saved_tensors
+        return grad * 2 * kernels.dequantize(payload, scale_inv, ctx.block, ctx.dtype), None
 
 
 class _CrossEntropy(torch.autograd.Function):
