@@ -60,9 +60,8 @@ def test_softmax(columns):
     for dtype in (torch.float32, torch.bfloat16):
         logits, targets, grad = data(5, columns, dtype=dtype) * 4, torch.randint(0, columns, (5,)), torch.rand(5)
         targets[3], logits[2, 20:] = -1, -torch.inf
-        (sums, held), (exact_sums, exact) = (
-            k.softmax_quantize(logits, KEPT) for k in (triton_softmax, reference_fused)
-        )
+        both = triton_softmax, reference_fused
+        (sums, held), (exact_sums, exact) = (k.softmax_quantize(logits, KEPT) for k in both)
         torch.testing.assert_close(sums, exact_sums)
         assert close(tuple(held)[:1], tuple(exact)[:1], 0)
         rest = Operand(*exact, GROUP), targets, grad, dtype
