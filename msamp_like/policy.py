@@ -250,6 +250,13 @@ class Policy:
         rules = {role: replace(rule, format=FNUZ.get(rule.format, rule.format)) for role, rule in self.rules.items()}
         return replace(self, name=f"{self.name}+fnuz", rules=rules)
 
+    def with_saved_activations(self, kind: str) -> Policy:
+        """With what norms, activations and elementwise products keep for backward in FP8 groups of 128 ("fp8"), or as
+        torch keeps it ("bf16")."""
+        if kind not in SAVED_ACTIVATIONS:
+            raise ValueError(f"saved activations must be one of {', '.join(SAVED_ACTIVATIONS)}, got {kind!r}")
+        return self.with_rule(Role.SAVED_ACTIVATION, SAVED_ACTIVATIONS[kind])
+
     def __str__(self) -> str:
         held = {self.parameter: "  (the parameter)"}
         lines = [f"policy {self.name}"]
@@ -283,6 +290,11 @@ Technical Report", 2024, https://arxiv.org/abs/2412.19437); one for each 32 elem
 Formats (MX) Specification, revision 1.0, 2023)."""
 
 _BLOCK: Block = (1, 128)
+
+SAVED_ACTIVATIONS: Mapping[str, Rule] = MappingProxyType(
+    {"bf16": Rule(format=BF16), "fp8": Rule(format=E4M3, block=_BLOCK)}
+)
+"""What ``amp.initialize(saved_activations=...)`` takes, and the rule of SAVED_ACTIVATION that it means."""
 
 O0 = Policy(
     name="O0",

@@ -1,5 +1,7 @@
 """Prints the PTX of the main kernels for ``sys.argv[1]``, a compute capability such as 90; needs no device.
 
+``sys.argv[2]`` is "exact" (casts, products and Adam) or "fused" (norms, activations, softmax).
+
 A process of its own, because the compiler takes a device where it finds one.
 """
 
@@ -12,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from msamp_like.kernels import triton_adam, triton_both, triton_casts, triton_products
+from msamp_like.kernels import triton_adam, triton_both, triton_casts, triton_fused, triton_products, triton_softmax
 
 _TILE = {"PADDED": 128, "ELEMENTS": 128, "GROUP": 16, "TILES": 1}
 _CURRENT = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": False}
@@ -44,7 +46,64 @@ _KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
     (triton_both._both_kernel, _BOTH_POINTERS, _BOTH),
     (triton_products._product_kernel, _PRODUCT_POINTERS, _PRODUCT),
 ]
+_ROW = {"GROUPS": 8, "BLOCK": 128}
+_KEPT = {"KEPT_FORMAT": "e4m3", **_ROW}
+_OUT = {"OUT_FORMAT": "e4m3", "HOW": "groups"}
+_NORM = {"CENTERED": True, "WEIGHTED": True, "X_FORMAT": "bf16", "BIASED": True, **_OUT, **_KEPT}
+_NORM_BACKWARD = {"CENTERED": True, "WEIGHTED": True, "GRAD_FORMAT": "bf16", "OUT_FORMAT": "bf16", **_KEPT}
+_GATED = {"KIND": "silu", "GATED": True, "GATE_FORMAT": "bf16", "VALUE_FORMAT": "bf16", **_OUT, **_KEPT}
+_GELU = {"KIND": "gelu", "GATED": False, "GRAD_FORMAT": "bf16", **_OUT, **_KEPT}
+_WRITTEN = {"payload": "*u8", **_SCALES, "kept": "*u8", "kept_scale_inv": "*fp32"}
+_VECTORS = {"weight": "*fp32", "bias": "*fp32", "inverse": "*fp32"}
+_FUSED: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+    (triton_fused._norm_kernel, {"x": "*i16", **_VECTORS, **_WRITTEN}, _NORM),
+    (
+        triton_fused._norm_backward_kernel,
+        {"grad": "*i16", **_VECTORS, **_WRITTEN, "grad_input": "*i16", "grad_weight": "*fp32", "grad_bias": "*fp32"},
+        _NORM_BACKWARD,
+    ),
+    (
+        triton_fused._activation_kernel,
+        {
+            "gate": "*i16",
+            "value": "*i16",
+            "kept_gate": "*u8",
+            "gate_scale_inv": "*fp32",
+            **_WRITTEN,
+            "kept_value": "*u8",
+            "value_scale_inv": "*fp32",
+        },
+        _GATED,
+    ),
+    (
+        triton_fused._activation_backward_kernel,
+        {
+            "grad": "*i16",
+            "kept_gate": "*u8",
+            "gate_scale_inv": "*fp32",
+            "kept_value": "*u8",
+            "value_scale_inv": "*fp32",
+            "grad_gate": "*u8",
+            "grad_value": "*u8",
+            "grad_value_amax": "*i32",
+            "grad_value_scale_inv": "*fp32",
+            **_SCALES,
+        },
+        _GELU,
+    ),
+    (
+        triton_softmax._softmax_kernel,
+        {"logits": "*i32", "sums": "*fp32", **_WRITTEN},
+        {"X_FORMAT": "fp32", **_KEPT},
+    ),
+    (
+        triton_softmax._softmax_backward_kernel,
+        {**_WRITTEN, "targets": "*i64", "grad": "*fp32", "result": "*i32"},
+        {"OUT_FORMAT": "fp32", **_KEPT},
+    ),
+]
 _FLOATS = ("keep", "weight_decay", "beta1", "rest1", "beta2", "rest2", "rate", "eps")
+_SETS = {"exact": _KERNELS, "fused": _FUSED}
 
 
 def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> str:
@@ -59,4 +118,4 @@ def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capabi
 
 
 if __name__ == "__main__":
-    print(*(ptx(*kernel, int(sys.argv[1])) for kernel in _KERNELS))
+    print(*(ptx(*kernel, int(sys.argv[1])) for kernel in _SETS[sys.argv[2]]))

@@ -22,6 +22,8 @@ from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.hierarchical import PARTIAL_SUMS, TwoLevelGroup, check_nodes, two_level
 from msamp_like.comm.zero import OwnedWeights, Zero
 from msamp_like.nn import conversion
+from msamp_like.nn.saved_activations import SavedActivations
+from msamp_like.nn.saved_activations import check_rule as check_saved
 from msamp_like.optim import GradientRelease, LowPrecisionOptimizer, check, from_torch
 from msamp_like.policy import Policy, Role
 from msamp_like.scaling import Scaler, roll
@@ -41,6 +43,7 @@ def initialize(
     *,
     recipe: str | None = None,
     overrides: Mapping[str, str] | None = None,
+    saved_activations: str | None = None,
     mesh: DeviceMesh | None = None,
     zero_stage: int | None = None,
     overlap_forward: bool = False,
@@ -58,6 +61,8 @@ def initialize(
     module-name patterns to "fp8", "smooth", "bf16" or "skip". ``optimizer`` is the torch optimizer built on the model's
     parameters (one of ours comes back), a sequence of them (a list does), or None (None does) for a model that only
     runs; schedulers built on it go on working. ``seed`` starts the random stream of stochastic rounding.
+    ``saved_activations="fp8"`` keeps what norms, activations and elementwise products need for backward in FP8 groups
+    (:mod:`msamp_like.nn.saved_activations`), "bf16" as torch does; None is the level's own.
 
     Where a process group of more than one rank is initialised the model becomes data-parallel over it, or over
     ``process_group``, unless ``data_parallel=False``. ``mesh`` says instead which ranks are data-parallel ("dp"),
@@ -86,6 +91,8 @@ def initialize(
     policy = policies.resolve(level)
     policy = policy.with_recipe(recipe) if recipe is not None else policy
     policy = policy.override(overrides) if overrides else policy
+    policy = policy.with_saved_activations(saved_activations) if saved_activations is not None else policy
+    check_saved(policy[Role.SAVED_ACTIVATION])
     policy = replace(policy, zero_stage=zero_stage) if zero_stage is not None else policy
     several = isinstance(optimizer, Sequence)
     sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
@@ -110,6 +117,8 @@ def initialize(
     tensor_parallel.adopt(model, policy)
     wiring = Wiring(policy, plans, axes)
     adopt_class(model, wiring)
+    if policy[Role.SAVED_ACTIVATION].format.scaled:
+        wiring.save_activations(model, SavedActivations(policy[Role.SAVED_ACTIVATION]))
     wiring.round_gradients(originals, scattered=_split_parameters(model))
     _reduce_together(model, wiring, bucket_bytes)
     optimizers = [_optimizer(source, wiring, originals, seed, overlap_forward) for source in sources]
@@ -326,6 +335,8 @@ def restore(model: nn.Module) -> nn.Module:
     conversion.check_swappable((n, p) for n, p in model.named_parameters() if isinstance(p, ScalingTensor))
     for removable in wiring.removable:
         removable.remove()
+    if wiring.saved is not None:
+        wiring.saved.enabled = False  # a deep copy has hooks that no handle of ours removes
     if wiring.reducer is not None:
         wiring.reducer.remove()
     tensor_parallel.forget(model)

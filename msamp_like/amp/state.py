@@ -128,7 +128,8 @@ def load_state_dict(
 
 
 def fp8_report(model: nn.Module) -> Report:
-    """Every Linear and embedding: in FP8 or not now, why not, and the share of the FLOPs and bytes. Print it."""
+    """Every Linear and embedding: in FP8 or not now, why not, the share of the FLOPs and bytes; and how backward's other
+    tensors are kept. Print it."""
     wiring = wiring_of(model)
     paused = {id(gemm) for gemm in _gemms(model) if gemm.paused}
     plans = [
@@ -137,7 +138,7 @@ def fp8_report(model: nn.Module) -> Report:
         else plan
         for plan in wiring.plans
     ]
-    return make_report(wiring.policy.name, plans)
+    return make_report(wiring.policy, plans)
 
 
 def state_bytes(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) -> dict[str, int]:

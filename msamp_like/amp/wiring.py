@@ -15,6 +15,7 @@ from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.zero import OwnedWeights
 from msamp_like.nn.conversion import Plan
 from msamp_like.nn.linear import rearm_hooks
+from msamp_like.nn.saved_activations import SavedActivations
 from msamp_like.policy import Policy, Role, Rule
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, real, unscaled
@@ -32,6 +33,7 @@ class Wiring:
         self.placements: list[OwnedWeights | None] = []
         self.rounded: list[Tensor] = []
         self.scattered: list[Tensor] = []
+        self.saved: SavedActivations | None = None
         self.removable: list[Any] = []
         self.released = False
         self.releases_gradients = False
@@ -46,8 +48,14 @@ class Wiring:
                 hook = _rounds_first(parameter, rule, id(parameter) in elsewhere)
                 self.removable.append(parameter.register_hook(hook))
 
+    def save_activations(self, model: nn.Module, saved: SavedActivations) -> None:
+        """Have what the model keeps for backward stored as ``saved`` says."""
+        self.saved = saved
+        self.removable += saved.attach(model)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
         made = Wiring(self.policy, [copy.deepcopy(plan, memo) for plan in self.plans], Axes())
+        made.saved = copy.deepcopy(self.saved, memo)
         made.round_gradients(copy.deepcopy(self.rounded, memo), copy.deepcopy(self.scattered, memo))
         return made
 

@@ -77,6 +77,7 @@ class _Native:
         self.quantize = library.msamp_quantize
         self.quantize_current = library.msamp_quantize_current
         self.dequantize = library.msamp_dequantize
+        self.library = library  # cpu_fused.py has functions of its own in it
         self.simd: int = library.msamp_simd()
 
 
