@@ -128,7 +128,7 @@ def load_state_dict(
 
 
 def fp8_report(model: nn.Module) -> Report:
-    """Every Linear and embedding: in FP8 or not now, why not, the share of the FLOPs and bytes; and how backward's other
+    """Every Linear and embedding: in FP8 or not now, why not, its share of the FLOPs and bytes; and how backward's other
     tensors are kept. Print it."""
     wiring = wiring_of(model)
     paused = {id(gemm) for gemm in _gemms(model) if gemm.paused}
