@@ -14,6 +14,15 @@ from msamp_like.policy import GEMM_ROLES, LEVELS, O2, O3, Role
 from tests.closeness import sqnr
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors; waking a second thread for each costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def initialized(level, seed: int = 0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))

@@ -21,6 +21,15 @@ from tests.closeness import same_bits, sqnr
 SHORT = O2.with_rule(Role.INPUT, Rule(format=E4M3, history=4))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors; waking a second thread for each costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def initialized(level=SHORT, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
@@ -141,7 +150,6 @@ def test_the_launcher_ends_in_bf16_and_resumes_there(tmp_path: Path):
         pretrain.main([*model.split(), "--data", str(text), "--out", str(tmp_path / name), "--steps", "12", *more])
         return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
-    threads = torch.get_num_threads()
     plain, mixed = run("plain"), run("mixed", "--bf16-last", "0.25", "--save-every", "10")
     assert plain[:9] == mixed[:9]
     assert plain[9] != mixed[9]
@@ -149,6 +157,5 @@ def test_the_launcher_ends_in_bf16_and_resumes_there(tmp_path: Path):
     for path in (tmp_path / "mixed").glob("step-000012"):
         path.rename(tmp_path / "gone")
     assert run("mixed", "--bf16-last", "0.25", "--resume", "latest") == mixed
-    torch.set_num_threads(threads)
     settings = Settings(steps=12, bf16_last=0.25)
     assert [precision(settings, step) for step in (0, 8, 9, 11)] == ["fp8", "fp8", "bf16", "bf16"]

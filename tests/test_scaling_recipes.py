@@ -19,6 +19,15 @@ from tests.closeness import same_bits, sqnr
 BLOCKED = [name for name, recipe in RECIPES.items() if recipe.blocks[0] != WHOLE]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors; waking a second thread for each costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def layer(in_features: int, out_features: int, recipe: str) -> nn.Linear:
     torch.manual_seed(0)
     return amp.initialize(nn.Linear(in_features, out_features, bias=False), level="O2", recipe=recipe)[0]
@@ -186,7 +195,7 @@ def train(model: nn.Module, optimizer, steps: range, forward=None) -> list[float
 
 
 @pytest.mark.parametrize("recipe", BLOCKED)
-@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
 def test_training_lowers_the_loss_as_fp32_does(level, recipe):
     """To within a twentieth of what FP32 gains, over 40 steps."""
     plain = network()

@@ -19,6 +19,15 @@ OUTLIERS = slice(0, 3)
 PLAIN_GRADIENTS = O2.with_rule(Role.GRAD_WEIGHT, Rule(format=BF16))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors; waking a second thread for each costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def layer(product: str, level=PLAIN_GRADIENTS, recipe: str = "current", **weights) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 48, bias=False))
