@@ -1,4 +1,4 @@
-"""FP8 saved activations on a model that is split: norms on a part of the sequence, activations on a part of the columns."""
+"""FP8 saved activations on a split model: norms on a part of the sequence, activations on a part of the columns."""
 
 from __future__ import annotations
 
