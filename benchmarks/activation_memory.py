@@ -137,7 +137,9 @@ def peaks(arguments: argparse.Namespace) -> dict[str, Any]:
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the process
             run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             found = json.loads(run.stdout)
-            rows[f"{variant}, checkpointed" if checkpointed else variant] = {"mib": round(found / 2**20, 1)}
+            name = f"{variant}, checkpointed" if checkpointed else variant
+            rows[name] = {"mib": round(found / 2**20, 1)}
+            print(f"{name:<30} at most {rows[name]['mib']} MiB above what was there", flush=True)
     for row in rows.values():
         row["ratio"] = round(row["mib"] / rows["O0"]["mib"], 3)
     return rows
@@ -195,9 +197,10 @@ def main() -> None:
     if arguments.peak_of:
         print(peak(arguments.peak_of, config, arguments.batch, checkpointed=arguments.checkpointed))
         return
-    rows, resident_peaks = bytes_a_token(config, 1), peaks(arguments)
+    rows = bytes_a_token(config, 1)
     for name, row in rows.items():
-        print(f"{name:<28} {row}  peak {resident_peaks[name]}")
+        print(f"{name:<30} {row}", flush=True)
+    resident_peaks = peaks(arguments)
     figures = gradients_and_time(config, 1, arguments.steps)
     print(figures)
     ratios = rows["O2, FP8 saved"]["ratio"]["total"], resident_peaks["O2, FP8 saved"]["ratio"]
