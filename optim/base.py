@@ -208,6 +208,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             if not self.fused_update(rows, group):
                 for row in rows:
                     self._update_row(row, group)
+            # kernels write behind autograd's back, and a graph that has saved these must not go on with new values
+            written = [part.payload for row in rows for part in (row.param, row.copy) if part is not None]
+            torch.autograd.graph.increment_version(written)
         for _, param in members:
             master = self.state[param].get("master_weight")
             if isinstance(param, ScalingTensor) and self._in_two_parts(param):

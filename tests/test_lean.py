@@ -244,6 +244,16 @@ def test_gradients_accumulate():
     assert all(value.isfinite().all() for value in masters(model, stepper))
 
 
+@pytest.mark.parametrize("level", ["O2", "lean"])
+def test_a_graph_from_before_a_step_is_not_followed_with_weights_from_after_it(level):
+    model, stepper = initialized(level=level)
+    first, second = loss_of(model, 0), loss_of(model, 1)
+    first.backward()
+    stepper.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
 def test_copies_moves_and_the_way_back():
     model, stepper = initialized()
     train(model, stepper, 2)

