@@ -128,8 +128,8 @@ def load_state_dict(
 
 
 def fp8_report(model: nn.Module) -> Report:
-    """Every Linear and embedding: in FP8 or not now, why not, its share of FLOPs and bytes; and how what else is kept for
-    backward is stored. Print it."""
+    """Every Linear and embedding: in FP8 or not now, why not, its share of FLOPs and bytes; and how what else is kept
+    for backward is stored. Print it."""
     wiring = wiring_of(model)
     paused = {id(gemm) for gemm in _gemms(model) if gemm.paused}
     plans = [
