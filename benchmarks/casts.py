@@ -32,12 +32,12 @@ from torch import Tensor
 from benchmarks.result import parser, write
 from msamp_like import kernels
 from msamp_like.formats import E4M3, E5M2, FP8_FORMATS, FP16, FP32, WHOLE, Block, Format
-from msamp_like.kernels import AdamScalars, Noise, Operand, cpu
+from msamp_like.kernels import AdamScalars, Noise, Operand, Row, cpu
 
 REACHED = 0.75
 TILE: Block = (1, 128)
 OTHER = {E4M3: ml_dtypes.float8_e4m3fn, E5M2: ml_dtypes.float8_e5m2}
-SCALARS = AdamScalars(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, decoupled=True, step=10)
+SCALARS = AdamScalars(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, decoupled=True)
 
 
 class Case(NamedTuple):
@@ -135,11 +135,11 @@ def adam(n: int) -> dict[str, Case]:
         grad = stored(torch.randn(shape), E4M3, WHOLE, None)
         formats = (FP16, E4M3, FP16)
         param, first, second = (stored(torch.rand(shape), f, TILE, role) for f, role in zip(formats, roles))
-        return lambda: kernels.adam_step_(param, grad, first, second, SCALARS)
+        return lambda: kernels.adam_steps_([Row(param, grad, (first, second), step=10)], SCALARS)
 
     def fp32() -> Callable[[], None]:
         param, grad, first, second = (stored(torch.rand(shape), FP32, WHOLE, None) for _ in range(4))
-        return lambda: kernels.adam_step_(param, grad, first, second, SCALARS)
+        return lambda: kernels.adam_steps_([Row(param, grad, (first, second), step=10)], SCALARS)
 
     weight = torch.nn.Parameter(torch.rand(shape))
     weight.grad = torch.randn(shape)

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from benchmarks.result import parser, write
 from msamp_like import amp, kernels
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, WHOLE, Block, Format
-from msamp_like.kernels import AdamScalars, Operand
+from msamp_like.kernels import AdamScalars, Operand, Row
 from msamp_like.models import gpt
+from msamp_like.policy import RECIPES
 
 DEVICE = "cuda"
 TOKENS, HIDDEN, FFN = 16_384, 4_096, 16_384
@@ -82,6 +83,9 @@ def casts() -> dict[str, Any]:
         payload, scales, _ = kernels.quantize_current(x, E4M3, block)
         current = seconds(partial(kernels.quantize_current, x, E4M3, block))
         rows[f"quantize, current scale, {name}"] = rate(3 * numel, current, copy)
+        if block in ((1, 128), (1, 32)):
+            both = seconds(partial(kernels.quantize_both, x, E4M3, block))
+            rows[f"quantize, current scale, {name}, and transposed"] = rate(4 * numel, both, copy)
         back = seconds(partial(kernels.dequantize, payload, scales, block, torch.bfloat16))
         rows[f"dequantize, {name}"] = rate(3 * numel, back, copy)
     rows["torch: x.to(float8_e4m3fn), no scale"] = rate(3 * numel, seconds(lambda: x.to(torch.float8_e4m3fn)), copy)
@@ -98,14 +102,14 @@ def adam() -> dict[str, Any]:
     }
     copy = copy_rate()
     rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "parameters": TOKENS * HIDDEN}
-    scalars = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True, step=10)
+    scalars = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True)
     for level, formats in levels.items():
         stored: list[Operand] = []
         for spread, (format, block) in zip((1, 1e-3, 1e-3, 1e-6), formats):
             value = torch.rand(TOKENS, HIDDEN, device=DEVICE) * spread
             stored.append(Operand(*kernels.quantize_current(value, format, block)[:2], block))
         param, grad, first, second = stored
-        time_s = seconds(partial(kernels.adam_step_, param, grad, first, second, scalars))
+        time_s = seconds(partial(kernels.adam_steps_, [Row(param, grad, (first, second), step=10)], scalars))
         written = sum(t.payload.nbytes + t.scale_inv.nbytes for t in (param, first, second))
         rows[f"fused step, {level}"] = rate(2 * written + grad.payload.nbytes, time_s, copy)
         del stored, param, grad, first, second, value
@@ -146,7 +150,7 @@ def products() -> dict[str, Any]:
 
     plain = nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE, dtype=torch.bfloat16)
     row("BF16 layer, forward and backward", seconds(step(plain, lambda: None)), 3)
-    for recipe in ("delayed", "current"):
+    for recipe in RECIPES:
         model = nn.Sequential(nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE))
         model, optimizer = amp.initialize(model, torch.optim.SGD(model.parameters(), lr=0.0), "O2", recipe=recipe)
         for _ in range(WARMUP_STEPS):

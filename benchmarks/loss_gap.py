@@ -1,6 +1,6 @@
 """Validation loss of the FP8 levels against O0: the same model, seeds and data; and broken policies the gate must fail.
 
-    python -m benchmarks.loss_gap                       # the gate: O0, O2 and FP8 master weights, 3 seeds, 600 steps
+    python -m benchmarks.loss_gap                       # the gate: GATED below, 3 seeds, 600 steps
     python -m benchmarks.loss_gap --variants all        # and what each default costs
 
 ``tiny``, 2,048 tokens a step, on the default corpus. The gap of a seed is its validation loss minus O0's of the same
@@ -14,7 +14,8 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from msamp_like import amp
 from msamp_like.formats import E4M3, FP16
 from msamp_like.launchers.corpus import Batches, load_corpus, validation_batches
 from msamp_like.models import gpt
-from msamp_like.policy import O0, O1, O2, Policy, Role, Rule
+from msamp_like.optim import GradientRelease
+from msamp_like.policy import LEAN, O0, O1, O2, Policy, Role, Rule
 
 GATE = 0.01
+CLIP = 1.0
 BLOCK = (1, 128)
 
 
@@ -39,27 +42,62 @@ def nearest(policy: Policy) -> Policy:
     return policy
 
 
-VARIANTS: dict[str, Callable[[], Policy]] = {
-    "O0": lambda: O0,
-    "O2": lambda: O2,
-    "broken: FP8 master weights": lambda: O2.with_rule(Role.MASTER_WEIGHT, Rule(format=E4M3, block=BLOCK)),
-    "O2, FP8 master weights, stochastic": lambda: O2.with_rule(Role.MASTER_WEIGHT, "e4m3"),
-    "O1": lambda: O1,
-    "O2, current scaling": lambda: O2.with_recipe("current"),
-    "O2, head in FP8 too": lambda: O2.override({"lm_head": "fp8"}),
-    "O2, first and last block in BF16": lambda: O2.override({"blocks.0.*": "bf16", "blocks.3.*": "bf16"}),
-    "O2, no FP8 products": lambda: O2.override({"*": "bf16"}),
-    "O2, embedding and head with FP32 states": lambda: O2.override({"embed": "skip", "lm_head": "skip"}),
-    "O2, FP8 second moment, stochastic": lambda: O2.with_rule(Role.SECOND_MOMENT, "e4m3"),
-    "O2, FP8 second moment, nearest": lambda: O2.with_rule(Role.SECOND_MOMENT, Rule(format=E4M3, block=BLOCK)),
-    "O2, everything to nearest": lambda: nearest(O2),
-    "O2, per-tensor states": lambda: (
-        O2.with_rule(Role.MASTER_WEIGHT, Rule(format=FP16))
-        .with_rule(Role.FIRST_MOMENT, Rule(format=E4M3))
-        .with_rule(Role.SECOND_MOMENT, Rule(format=FP16))
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What a run differs in: its policy, and what else ``amp.initialize`` is told."""
+
+    policy: Callable[[], Policy]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+VARIANTS: dict[str, Variant] = {
+    "O0": Variant(policy=lambda: O0),
+    "O2": Variant(policy=lambda: O2),
+    "lean": Variant(policy=lambda: LEAN),
+    "lean + release": Variant(policy=lambda: LEAN, options={"gradient_release": GradientRelease(max_norm=CLIP)}),
+    "O2 + release": Variant(policy=lambda: O2, options={"gradient_release": GradientRelease(max_norm=CLIP)}),
+    "lean, to nearest": Variant(policy=lambda: nearest(LEAN)),
+    "broken: FP8 master weights": Variant(
+        policy=lambda: O2.with_rule(Role.MASTER_WEIGHT, Rule(format=E4M3, block=BLOCK))
+    ),
+    "O2, FP8 master weights, stochastic": Variant(policy=lambda: O2.with_rule(Role.MASTER_WEIGHT, "e4m3")),
+    "O1": Variant(policy=lambda: O1),
+    "O2, current scaling": Variant(policy=lambda: O2.with_recipe("current")),
+    "O2, rowwise": Variant(policy=lambda: O2.with_recipe("rowwise")),
+    "O2, blockwise": Variant(policy=lambda: O2.with_recipe("blockwise")),
+    "O2, mxfp8": Variant(policy=lambda: O2.with_recipe("mxfp8")),
+    "O2, head in FP8 too": Variant(policy=lambda: O2.override({"lm_head": "fp8"})),
+    "O2, first and last block in BF16": Variant(
+        policy=lambda: O2.override({"blocks.0.*": "bf16", "blocks.3.*": "bf16"})
+    ),
+    "O2, no FP8 products": Variant(policy=lambda: O2.override({"*": "bf16"})),
+    "O2, embedding and head with FP32 states": Variant(
+        policy=lambda: O2.override({"embed": "skip", "lm_head": "skip"})
+    ),
+    "O2, FP8 second moment, stochastic": Variant(policy=lambda: O2.with_rule(Role.SECOND_MOMENT, "e4m3")),
+    "O2, FP8 second moment, nearest": Variant(
+        policy=lambda: O2.with_rule(Role.SECOND_MOMENT, Rule(format=E4M3, block=BLOCK))
+    ),
+    "O2, everything to nearest": Variant(policy=lambda: nearest(O2)),
+    "O2, per-tensor states": Variant(
+        policy=lambda: (
+            O2.with_rule(Role.MASTER_WEIGHT, Rule(format=FP16))
+            .with_rule(Role.FIRST_MOMENT, Rule(format=E4M3))
+            .with_rule(Role.SECOND_MOMENT, Rule(format=FP16))
+        )
     ),
 }
-GATED = ("O0", "O2", "broken: FP8 master weights")
+GATED = (
+    "O0",
+    "O2",
+    "lean",
+    "lean + release",
+    "O2, current scaling",
+    "O2, rowwise",
+    "O2, blockwise",
+    "O2, mxfp8",
+    "broken: FP8 master weights",
+)
 
 
 def train(variant: str, seed: int, steps: int, batch_size: int = 8, context: int = 256) -> dict[str, Any]:
@@ -71,7 +109,10 @@ def train(variant: str, seed: int, steps: int, batch_size: int = 8, context: int
     batches = Batches(tokens=corpus.train, context=context, batch_size=batch_size, micro_batches=1, world=1, seed=seed)
     model: gpt.GPT = gpt.GPT(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    model, stepper = amp.initialize(model, optimizer, level=VARIANTS[variant](), data_parallel=False, seed=seed)
+    chosen = VARIANTS[variant]
+    model, stepper = amp.initialize(
+        model, optimizer, level=chosen.policy(), data_parallel=False, seed=seed, **chosen.options
+    )
     started = time.perf_counter()
     for step in range(steps):
         for group in stepper.param_groups:
@@ -80,7 +121,8 @@ def train(variant: str, seed: int, steps: int, batch_size: int = 8, context: int
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(tokens, targets)[1]
         loss.backward()
-        amp.clip_grad_norm_(model.parameters(), 1.0)
+        if "gradient_release" not in chosen.options:
+            amp.clip_grad_norm_(model, CLIP)
         stepper.step()
         stepper.zero_grad()
     validation = validate(model, validation_batches(corpus.validation, context=context, count=16, batch_size=16))

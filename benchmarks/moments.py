@@ -12,15 +12,25 @@ FP32's on the same gradients:
     direction  the AdamW direction m / (sqrt(v) + eps) against FP32's
 
 Rounding by role is chosen from this table (docs/explanation/numerics.md).
+
+Then which eight bits: the codecs of :mod:`benchmarks.moment_codecs` on the same synthetic gradients and on those of a
+``tiny`` run (:mod:`benchmarks.moment_gradients`), Adam's both betas. There ``error`` is the median of
+|stored / FP32 - 1|, ``lost`` the share that became zero, ``direction_db`` that of m / (sqrt(v) + eps) with the other
+moment in FP32, the mean over the last tenth. COAT moves every value with each new power, so it is never stale.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.moment_codecs import FIRST, SECOND, Codec
+from benchmarks.moment_gradients import recorded
 from benchmarks.products import sqnr_db
 from benchmarks.result import parser, write
 from msamp_like.formats import E4M3, FP16, WHOLE, Format
@@ -120,12 +130,81 @@ def kept_updates(rate: float, rounding: str, arguments: Any) -> dict[str, Any]:
     return {"rate": rate, "rounding": rounding, "lost": lost_share, "sqnr_db": round(travelled, 2)}
 
 
+def in_eight_bits(
+    source: Sequence[Tensor], codec: Codec, betas: tuple[float, float], rounding: str, moment: int
+) -> dict[str, float]:
+    """One moment (0 first, 1 second) kept by ``codec`` beside FP32's; ``source`` is one (rows, columns) a step."""
+    generator = torch.Generator().manual_seed(5)
+    exact = [torch.zeros(source[0].shape), torch.zeros(source[0].shape)]
+    stored = exact[moment]
+    stale, directions = 0.0, []
+    for step, stored_gradient in enumerate(source):
+        gradient = stored_gradient.float()
+        new = [gradient * (1 - betas[0]), gradient.square() * (1 - betas[1])]
+        exact = [e * beta + n for e, beta, n in zip(exact, betas, new, strict=True)]
+        before = stored
+        uniform = torch.rand(gradient.shape, generator=generator) if rounding == "stochastic" else None
+        stored = codec(before * betas[moment] + new[moment], uniform)
+        stale += float((stored == before).float().mean())
+        if step >= len(source) * 0.9:
+            seen = [stored, exact[1]] if moment == 0 else [exact[0], stored]
+            correction = 1 - betas[1] ** (step + 1)
+            directions.append(
+                sqnr_db(_direction(exact[0], exact[1] / correction), _direction(seen[0], seen[1] / correction))
+            )
+    alive = exact[moment] != 0
+    ratio = (stored / exact[moment])[alive]
+    return {
+        "sqnr_db": round(sqnr_db(exact[moment], stored), 2),
+        "error": round(float((ratio - 1).abs().median()), 4),
+        "bias": round(float(ratio.clamp(-10, 10).mean() - 1), 4),
+        "stale": round(stale / len(source), 4),
+        "lost": round(float((ratio == 0).float().mean()), 4),
+        "direction_db": round(sum(directions) / len(directions), 2),
+    }
+
+
+def eight_bits(sources: Mapping[str, Sequence[Tensor]]) -> list[dict[str, Any]]:
+    """Every codec, beta and rounding on every source."""
+    rows = []
+    for (name, source), betas in itertools.product(sources.items(), ((0.9, 0.95), (0.9, 0.999))):
+        for moment, codecs in enumerate((FIRST, SECOND)):
+            if moment == 0 and betas[1] != 0.95:
+                continue  # the same first moment again
+            for (codec_name, codec), rounding in itertools.product(codecs.items(), ("nearest", "stochastic")):
+                row = {"gradients": name, "moment": ("first", "second")[moment], "beta": betas[moment]}
+                found = in_eight_bits(source, codec, betas, rounding, moment)
+                rows.append({**row, "codec": codec_name, "rounding": rounding, **found})
+                print(
+                    "  ".join(
+                        f"{value:>9}" if isinstance(value, float) else f"{value:<22}" for value in rows[-1].values()
+                    )
+                )
+    return rows
+
+
 def main() -> None:
     options = parser(__doc__, "docs/results/moments.json")
     options.add_argument("--steps", type=int, default=4000)
     options.add_argument("--rows", type=int, default=64)
     options.add_argument("--columns", type=int, default=512)
+    options.add_argument("--gradients", type=Path, default=Path("runs/gradients.pt"), help="scratch: real gradients")
+    options.add_argument("--gradient-steps", type=int, default=400, help="steps of the run that makes them")
+    options.add_argument("--only", choices=("rounding", "eight bits"), help="one of the two questions")
     arguments = options.parse_args()
+    found: dict[str, Any] = {"steps": arguments.steps}
+    if arguments.only != "eight bits":
+        found.update(rounding(arguments))
+    if arguments.only != "rounding":
+        real = recorded(arguments.gradients, arguments.gradient_steps)
+        joined = torch.cat([g.view(len(g), -1, 128) for g in real.values()], dim=1)
+        synthetic = list(gradients(arguments.rows, arguments.columns, len(joined), seed=1))
+        found["eight_bits"] = eight_bits({"synthetic": synthetic, "tiny": list(joined)})
+    write(arguments.out, found)
+
+
+def rounding(arguments: Any) -> dict[str, Any]:
+    """Nearest against stochastic for the formats that levels store in."""
     rows: dict[str, list[dict[str, Any]]] = {"first moment": [], "second moment": []}
     for rounding in ("nearest", "stochastic"):
         for beta in (0.9, 0.95, 0.99):
@@ -150,7 +229,7 @@ def main() -> None:
     }
     for name, value in directions.items():
         print(f"direction, {name}: {value} dB")
-    write(arguments.out, {"steps": arguments.steps, "moments": rows, "direction_db": directions})
+    return {"moments": rows, "direction_db": directions}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,7 @@ class DataParallel:
         self._bucket_of: list[int] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.backwards = 0
+        self.on_mean: Callable[[Tensor], object] | None = None  # called with each parameter whose mean is in its .grad
         self._synced = True
         self._active = False
         self._launched = 0
@@ -253,6 +254,9 @@ class DataParallel:
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else add(earlier, parameter.grad)
             self._reduced.add(id(parameter))
+        if self.on_mean is not None:
+            for parameter in bucket.parameters:
+                self.on_mean(parameter)
 
     def _mean(self, bucket: Bucket) -> Steps[None]:
         if bucket.layout is not None:

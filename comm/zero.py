@@ -169,6 +169,7 @@ class OwnedWeights:
             )
             for members in assign(sizes, zero.bucket_bytes)
         ]
+        self._ends = {part.last for part in self._parts}
         self._launched = 0
         self._running: list[tuple[_Part, Tensor, Pending]] = []
         # a wait, and the writes behind it, belong to no compiled graph
@@ -177,6 +178,10 @@ class OwnedWeights:
     def owns(self, parameter: Tensor) -> bool:
         """Whether this rank steps the parameter."""
         return self.zero.owner(parameter) == self.zero.group.rank
+
+    def ends_part(self, position: int) -> bool:
+        """Whether the last parameter of a part has this position."""
+        return position in self._ends
 
     def passed(self, position: int) -> None:
         """The optimizer has stepped, or left out, its parameter number ``position``."""

@@ -20,9 +20,9 @@ LEARNING_RATES = {"tiny": 2e-3, "small": 1e-3, "125M": 6e-4, "7B": 3e-4, "13B": 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Configurable):
-    """Train a GPT on text in FP8 (O1, O2, O3) or BF16 (O0)."""
+    """Train a GPT on text in FP8 (O1, O2, O3, lean) or BF16 (O0)."""
 
-    level: str = "O2"  # Level of precision: O0 (BF16), O1, O2 or O3 (FP8).
+    level: str = "O2"  # Level of precision: O0 (BF16), O1, O2, O3 or lean (FP8).
     preset: Literal["tiny", "small", "125M", "7B", "13B", "175B"] = "tiny"  # Sizes of the model.
     steps: int = 300  # Optimizer steps of the whole run.
     out: str = "runs/pretrain"  # Directory of the run; it must not hold another.
@@ -39,6 +39,7 @@ class Settings(Configurable):
 
     tensor_parallel: int = 1  # Ranks that one model is split over; the others see other samples.
     sequence_parallel: bool = False  # Split activations between the split products along the sequence too.
+    tensor_parallel_overlap: bool = False  # Multiply one part of a sequence while another travels.
     zero_stage: int = -1  # What data-parallel ranks share out: 0 nothing, 1 states, 2 gradients too (-1: the level's).
 
     batch_size: int = 8  # Sequences of a step, over all ranks and micro-batches.
@@ -50,10 +51,12 @@ class Settings(Configurable):
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors.
     weight_decay: float = 0.1  # Decoupled decay, of matrices alone.
     clip: float = 1.0  # Largest norm of the gradient.
+    gradient_release: bool = False  # Step each parameter in backward, free its gradient; clip by the latest norms.
     seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
 
-    recipe: Literal["", "delayed", "current"] = ""  # Scaling of activations (empty: the level's own).
-    overrides: tuple[str, ...] = ()  # Modules kept out: pattern=product, product one of fp8, bf16, skip.
+    recipe: Literal["", "delayed", "current", "rowwise", "blockwise", "mxfp8"] = ""  # Scales (empty: the level's own).
+    overrides: tuple[str, ...] = ()  # Products by module: pattern=product, product one of fp8, smooth, bf16, skip.
+    bf16_last: float = 0.0  # Share of the steps, at the end, that take their products in BF16.
     dtype: Literal["bf16", "fp32"] = "bf16"  # Autocast of what is not in FP8.
     compile: bool = False  # Compile the model with torch.compile.
 
@@ -79,10 +82,17 @@ def check(settings: Settings, world: int) -> None:
     for name in (*sizes, "lr", "final_lr", "weight_decay", "seed", "save_every", "threads"):
         if getattr(s, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(s, name)}; raise it")
+    if not 0 <= s.bf16_last <= 1:
+        raise ValueError(f"--bf16-last is a share of the steps, 0 to 1, got {s.bf16_last}; give 0.1 for the last tenth")
     if s.zero_stage not in (-1, 0, 1, 2):
         raise ValueError(
             f"--zero-stage must be 0, 1 or 2, or -1 for the level's own, got {s.zero_stage}; sharded parameters (3) "
             "are not built: give 2"
+        )
+    if s.gradient_release and s.micro_batches > 1:
+        raise ValueError(
+            f"--gradient-release frees a gradient in the backward that made it, got --micro-batches {s.micro_batches}; "
+            "take one micro-batch a step, or leave it out"
         )
     check_split(s, world)
     models = world // s.tensor_parallel
@@ -113,6 +123,11 @@ def check_split(settings: Settings, world: int) -> None:
             "--sequence-parallel needs a model split over several ranks, got --tensor-parallel 1; give "
             "--tensor-parallel 2 or more, or leave it out"
         )
+    if settings.tensor_parallel_overlap and not settings.sequence_parallel:
+        raise ValueError(
+            "--tensor-parallel-overlap is of split sequences, got it without --sequence-parallel; give both, or leave "
+            "it out"
+        )
     if settings.sequence_parallel and config.context % split:
         raise ValueError(
             f"--sequence-parallel needs a context that divides by the ranks of a model, got {config.context} tokens "
@@ -135,6 +150,11 @@ def model_config(settings: Settings) -> GPTConfig:
     """The preset with the settings' own sizes."""
     own = {name: getattr(settings, name) for name in ("vocab_size", "context", "dim", "num_layers", "num_heads")}
     return replace(PRESETS[settings.preset], **{name: size for name, size in own.items() if size})
+
+
+def precision(settings: Settings, step: int) -> str:
+    """Of the products of step number ``step``, from 0: "fp8", as the level has it, and "bf16" in the last part."""
+    return "bf16" if step >= settings.steps - round(settings.steps * settings.bf16_last) else "fp8"
 
 
 def learning_rate(settings: Settings, step: int) -> float:

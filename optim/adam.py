@@ -7,13 +7,13 @@ The arithmetic is :func:`msamp_like.kernels.adam_update`, where its fused twins 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from msamp_like import kernels
-from msamp_like.kernels import AdamScalars, Operand
+from msamp_like.kernels import AdamScalars, Row
 from msamp_like.optim.base import Group, LowPrecisionOptimizer
 from msamp_like.policy import Policy, Role
 
@@ -46,7 +46,7 @@ class Adam(LowPrecisionOptimizer):
     def betas(self, group: Group) -> Mapping[str, float]:
         return {"exp_avg": group["betas"][0], "exp_avg_sq": group["betas"][1]}
 
-    def _scalars(self, group: Group, step: int) -> AdamScalars:
+    def _scalars(self, group: Group) -> AdamScalars:
         return AdamScalars(
             lr=float(group["lr"]),
             beta1=float(group["betas"][0]),
@@ -54,14 +54,13 @@ class Adam(LowPrecisionOptimizer):
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             decoupled=self.decoupled,
-            step=step,
         )
 
     def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
-        return kernels.adam_update(param, grad, states[0], states[1], self._scalars(group, step))
+        return kernels.adam_update(param, grad, states[0], states[1], self._scalars(group), step)
 
-    def fused_update(self, param: Operand, grad: Operand, states: list[Operand], group: Group, step: int) -> bool:
-        kernels.adam_step_(param, grad, states[0], states[1], self._scalars(group, step))
+    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
+        kernels.adam_steps_(rows, self._scalars(group))
         return True
 
 

@@ -7,15 +7,17 @@ policy does) and no process group (gradients arrive reduced).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from msamp_like import kernels
-from msamp_like.formats import WHOLE
-from msamp_like.kernels import Noise, Operand
+from msamp_like.formats import RESIDUAL, WHOLE
+from msamp_like.kernels import Noise, Operand, Row
+from msamp_like.optim import residual, saving
+from msamp_like.optim.release import GradientRelease, Released
 from msamp_like.policy import O2, Policy, Role, Rule
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, real
@@ -31,6 +33,11 @@ class Placement(Protocol):
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether this rank steps the parameter and keeps its states."""
+        ...
+
+    def ends_part(self, position: int) -> bool:
+        """Whether new values leave as soon as parameter number ``position`` is passed: those after it are stepped
+        later."""
         ...
 
     def passed(self, position: int) -> None:
@@ -75,6 +82,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.agree_max: Callable[[Tensor], None] | None = None
         self.before_update: Callable[[], None] | None = None
         self.placement: Placement | None = None
+        self.released: Released | None = None
 
     def place(self, placement: Placement) -> None:
         """Step only what ``placement`` says that this rank owns; states of other parameters are dropped."""
@@ -82,6 +90,17 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for param, _ in self._parameters():
             if not placement.owns(param):
                 self.state.pop(param, None)
+
+    def release(self, settings: GradientRelease) -> Released:
+        """Step each parameter when :meth:`.Released.take` brings its gradient; :meth:`step` closes the step."""
+        pairs = list(self._parameters())
+
+        def update(index: int) -> None:
+            param, group = pairs[index]
+            self.step_together([(index, param)], group)
+
+        self.released = Released(settings, [p for p, _ in pairs], self._finiteness, update)
+        return self.released
 
     def _owns(self, param: Tensor) -> bool:
         return self.placement is None or self.placement.owns(param)
@@ -100,8 +119,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """State name -> what it is multiplied by each step, for the states that are decaying averages."""
         return {}
 
-    def fused_update(self, param: Operand, grad: Operand, states: list[Operand], group: Group, step: int) -> bool:
-        """The same in place by one kernel on stored tensors; False where there is none."""
+    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
+        """The same for a table of stored tensors on one device, in place by one kernel; False where there is none."""
         return False
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -115,6 +134,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.before_update is not None:
             self.before_update()
+        if self.released is not None:
+            self.skipped_steps += self.released.close()
         if not self._gradients_are_finite():
             self.skipped_steps += 1
             self._consecutive_skips += 1
@@ -125,17 +146,31 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             )
             return loss
         self._consecutive_skips = 0
-        for index, (param, group) in enumerate(self._parameters()):
-            if param.grad is not None and self._owns(param):
-                self._step_parameter(param, group, index)
+        for group, members in self._parts():
+            stepped = [(i, p) for i, p in members if p.grad is not None and self._owns(p)]
+            self.step_together(stepped, group)
             if self.placement is not None:
-                self.placement.passed(index)
+                for index, _ in members:
+                    self.placement.passed(index)
         if self.placement is not None:
             self.placement.finish()
         return loss
 
     def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((param, group) for group in self.param_groups for param in group["params"])
+
+    def _parts(self) -> Iterator[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
+        """Parameters with their positions that are stepped by one call: a group's, cut where new values leave."""
+        position = 0
+        for group in self.param_groups:
+            members: list[tuple[int, Tensor]] = []
+            for param in group["params"]:
+                members.append((position, param))
+                if self.placement is not None and self.placement.ends_part(position):
+                    yield group, members
+                    members = []
+                position += 1
+            yield group, members
 
     def _gradients_are_finite(self) -> bool:
         """Round accumulated gradients, then ask all of them, on all ranks, with one read of the device."""
@@ -164,28 +199,69 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             grad.replace_(quantize(grad.dequantize(torch.float32), rule))
         return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE) * grad.scale_inv
 
-    def _step_parameter(self, param: Tensor, group: Group, index: int) -> None:
+    def step_together(self, members: Sequence[tuple[int, Tensor]], group: Group) -> None:
+        """Step parameters of one group, given with their positions among all; one kernel call for a device."""
+        tables: dict[torch.device, list[Row]] = {}
+        for index, param in members:
+            tables.setdefault(param.device, []).append(self._row(param, group, index))
+        for rows in tables.values():
+            if not self.fused_update(rows, group):
+                for row in rows:
+                    self._update_row(row, group)
+        for _, param in members:
+            master = self.state[param].get("master_weight")
+            if isinstance(param, ScalingTensor) and self._in_two_parts(param):
+                param.recorded = True
+            elif master is not None and self._copy_of(param) is None:
+                param.copy_(master)
+
+    def _row(self, param: Tensor, group: Group, index: int) -> Row:
+        """The stored tensors of one parameter; counts the step."""
         state = self._initialized(param, group)
         state["step"] += 1
-        step = int(state["step"])
-        master = state.get("master_weight", param)
-        where = (index, step) if isinstance(param, ScalingTensor) else None
+        where = (index, state["step"]) if isinstance(param, ScalingTensor) else None
         betas = self.betas(group)
-        operands = [self._operand(master, Role.MASTER_WEIGHT, None, where)]
-        operands += [
-            self._operand(state[name], role, betas.get(name), where) for name, role in self.roles_of(group).items()
-        ]
-        grad = self._operand(param.grad, Role.GRAD_WEIGHT, None, None)  # type: ignore[arg-type]
-        if not self.fused_update(operands[0], grad, operands[1:], group, step):
-            values = [kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32) for o in (grad, *operands)]
-            for operand, value in zip(
-                operands, self.update(values[1], values[0], values[2:], group, step), strict=True
-            ):
-                kernels.store_(operand, value)
-        if master is not param:
-            param.copy_(master)
-        elif isinstance(param, ScalingTensor):
-            param.drop_casts()
+        master, copy, rest = state.get("master_weight", param), None, None
+        if isinstance(param, ScalingTensor) and self._in_two_parts(param):
+            master, rest = param, residual.lower_half(param, state)
+        else:
+            copy = self._copy_of(param) if "master_weight" in state else _cast_of(param)
+        return Row(
+            param=self._operand(master, Role.MASTER_WEIGHT, None, where),
+            grad=self._operand(param.grad, Role.GRAD_WEIGHT, None, None),  # type: ignore[arg-type]
+            states=tuple(
+                self._operand(state[name], role, betas.get(name), where) for name, role in self.roles_of(group).items()
+            ),
+            step=state["step"],
+            copy=copy,
+            residual=rest,
+        )
+
+    def _copy_of(self, param: Tensor) -> Operand | None:
+        """A parameter that is made from its master each step, as kernels write it; None where ``copy_`` must."""
+        if isinstance(param, ScalingTensor):
+            param.cast_to_update()
+            return param.operand
+        if param.dtype not in (torch.bfloat16, torch.float32) or not param.is_contiguous():
+            return None
+        return Operand(param, torch.ones(1, 1, dtype=torch.float32, device=param.device), WHOLE)
+
+    def _update_row(self, row: Row, group: Group) -> None:
+        grad, old, *values = (
+            kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32)
+            for o in (row.grad, row.param, *row.states)
+        )
+        if row.residual is not None:
+            old = kernels.dequantize_with_residual(row.param, row.residual.payload)
+        new, *values = self.update(old, grad, values, group, row.step)
+        if row.residual is None:
+            kernels.store_(row.param, new)
+        else:
+            residual.update_(row.param, row.residual, new)
+        for operand, value in zip(row.states, values, strict=True):
+            kernels.store_(operand, value)
+        if row.copy is not None:
+            kernels.store_(row.copy, kernels.dequantize(*row.param[:3], torch.float32))
 
     def _operand(self, tensor: Tensor, role: Role, beta: float | None, where: tuple[int, int] | None) -> Operand:
         """A state as kernels take it; ``where`` is (parameter, step) of a matrix, whose roles may round
@@ -208,7 +284,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             if name not in state:
                 zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
                 state[name] = self.stored(param, zeros, role)
-        if "master_weight" not in state and self._keeps_master(param):
+        if "master_weight" in state or not self._keeps_master(param):
+            return state
+        if isinstance(param, ScalingTensor) and self._in_two_parts(param):
+            state.update(residual.split_(param, real(param)))
+        else:
             state["master_weight"] = self.stored(param, real(param), Role.MASTER_WEIGHT)
         return state
 
@@ -217,6 +297,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if isinstance(param, ScalingTensor):
             return self.policy.parameter is not Role.MASTER_WEIGHT
         return param.dtype != torch.float32
+
+    def _in_two_parts(self, param: Tensor) -> bool:
+        """Whether the parameter is the upper half of its master, and the state ``master_weight`` the lower."""
+        return isinstance(param, ScalingTensor) and self.policy[Role.MASTER_WEIGHT].format == RESIDUAL
 
     def stored(self, param: Tensor, value: Tensor, role: Role) -> Tensor:
         """A state of ``param`` as it is kept: per the policy for a converted matrix, plain FP32 for anything else."""
@@ -231,11 +315,13 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """Take over the states of an optimizer that has stepped, and the master of a weight that is now stored."""
         if not self._owns(param):
             return
-        taken: State = {"step": _steps(states)}
+        taken: State = {"step": saving.steps(states)}
         for name, role in (self.roles if group is None else self.roles_of(group)).items():
             if states.get(name) is not None:
                 taken[name] = self.stored(param, states[name], role)
-        if original is not None and self._keeps_master(param):
+        if original is not None and isinstance(param, ScalingTensor) and self._in_two_parts(param):
+            taken.update(residual.split_(param, original))
+        elif original is not None and self._keeps_master(param):
             taken["master_weight"] = self.stored(param, original, Role.MASTER_WEIGHT)
         self.state[param].update(taken)
 
@@ -249,7 +335,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict and what else a resume needs; the tensors are those of the optimizer, not copies."""
-        return {**super().state_dict(), "seed": self.seed, "skipped_steps": self.skipped_steps}
+        saved = {**super().state_dict(), "seed": self.seed, "skipped_steps": self.skipped_steps}
+        if self.released is not None:
+            saved["gradient_norms"] = self.released.state()
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -262,45 +351,26 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in old.items() if key != "params"})
         self.state.clear()
-        for param, own, saved in self._saved(state_dict):
+        for param, its_group, saved in saving.matched(self, state_dict):
             if self._owns(param):
-                self._load_parameter(param, saved, own)
+                self._load_parameter(param, saved, its_group)
         self.seed = int(state_dict.get("seed", self.seed))
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
+        if self.released is not None:
+            self.released.load_state(state_dict.get("gradient_norms", {}))
 
     def check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless :meth:`load_state_dict` can take all of ``state_dict``; nothing is written."""
-        sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (self.param_groups, state_dict["param_groups"]))
-        if sizes != saved_sizes:
-            raise ValueError(
-                f"a saved optimizer state must have the same parameter groups, got sizes {saved_sizes} for {sizes}; "
-                "build the optimizer as it was when the state was saved"
-            )
-        for param, group, saved in self._saved(state_dict):
-            names, expected = set(saved) - {"step", "master_weight"}, self.roles_of(group)
-            if names and names != set(expected):
-                raise ValueError(
-                    f"a saved optimizer state must be of a {type(self).__name__}, whose states are "
-                    f"{', '.join(expected)}, got {', '.join(sorted(names))}; build the optimizer of the checkpoint"
-                )
-            for name, value in saved.items():
-                if name != "step" and value is not None and value.shape != param.shape:
-                    raise ValueError(
-                        f"the state {name!r} of a parameter must have its shape {tuple(param.shape)}, got "
-                        f"{tuple(value.shape)}; the checkpoint is of another model"
-                    )
-
-    def _saved(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Tensor, Group, Mapping[str, Any]]]:
-        """Each parameter that has a saved state, its group, and the state."""
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        pairs = zip(self._parameters(), indices, strict=True)
-        return ((param, group, state_dict["state"][i]) for (param, group), i in pairs if i in state_dict["state"])
+        saving.check(self, state_dict, self.roles_of, self._in_two_parts)
 
     def _load_parameter(self, param: Tensor, saved: Mapping[str, Any], group: Group) -> None:
-        state: State = {"step": _steps(saved)}
+        state: State = {"step": saving.steps(saved)}
         for name, role in (*self.roles_of(group).items(), ("master_weight", Role.MASTER_WEIGHT)):
             value = saved.get(name)
             if value is None or (name == "master_weight" and not self._keeps_master(param)):
+                continue
+            if name == "master_weight" and isinstance(param, ScalingTensor) and self._in_two_parts(param):
+                state.update(residual.load(param, saved))
                 continue
             fresh = self.stored(param, torch.zeros(param.shape, device=param.device), role)
             fresh.copy_(value)
@@ -308,6 +378,6 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.state[param] = state
 
 
-def _steps(states: Mapping[str, Any]) -> int:
-    # torch's SGD counts no steps, but its buffer says that there was one
-    return int(states.get("step", 1 if states else 0))
+def _cast_of(param: Tensor) -> Operand | None:
+    """The compute copy of a parameter that is its own master."""
+    return param.cast_to_update() if isinstance(param, ScalingTensor) else None

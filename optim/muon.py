@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from msamp_like import kernels
 from msamp_like.formats import BF16, FP32
-from msamp_like.kernels import Operand
+from msamp_like.kernels import Operand, Row
 from msamp_like.optim.adam import AdamW
 from msamp_like.optim.base import Group
 from msamp_like.policy import DEFAULT_EXCEPTIONS, Policy, Role, Rule, matches
@@ -188,8 +188,8 @@ class Muon(AdamW):
             adjust_lr_fn=group["adjust_lr_fn"],
         )
 
-    def fused_update(self, param: Operand, grad: Operand, states: list[Operand], group: Group, step: int) -> bool:
-        return not group["use_muon"] and super().fused_update(param, grad, states, group, step)
+    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
+        return not group["use_muon"] and super().fused_update(rows, group)
 
 
 def muon_groups(

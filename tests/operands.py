@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, ROW, WHOLE
-from msamp_like.kernels import Noise, Operand, reference
+from msamp_like.kernels import Noise, Operand, Row, reference
 
 NOISE = Noise(seed=2**40 + 3, tensor=5, step=2**31 + 7, role=1)
 BLOCKS = [WHOLE, ROW, (1, 128), (128, 128), (1, 32), (-1, 128), (2, 3)]
@@ -78,3 +78,9 @@ def adam_operands(shape, stored, noise, poison):
         payload, scale_inv, _ = reference.quantize_current(value, format, block)
         made.append(Operand(payload, scale_inv, block, noise and noise._replace(role=role)))
     return made
+
+
+def row_of(operands, step, copy=None):
+    """A row of parameter, gradient, first and second moment."""
+    param, grad, *states = operands
+    return Row(param, grad, tuple(states), step, copy)

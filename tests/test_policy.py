@@ -9,8 +9,8 @@ import pickle
 import pytest
 
 from msamp_like import policy
-from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP16, FP32, WHOLE
-from msamp_like.policy import GEMM_ROLES, LEVELS, O0, O1, O2, Policy, Role, Rule, resolve
+from msamp_like.formats import BF16, E4M3, E5M2, FORMATS, FP16, FP32, RESIDUAL, WHOLE
+from msamp_like.policy import GEMM_ROLES, LEAN, LEVELS, O0, O1, O2, Policy, Role, Rule, resolve
 
 RULES = dict(O2.rules)
 
@@ -149,12 +149,12 @@ def test_numbers_of_roles_are_fixed():
 @pytest.mark.parametrize(
     ("build", "told"),
     [
-        (lambda: resolve("O9"), "level must be one of O0, O1, O2, O3 or a Policy, got 'O9'"),
+        (lambda: resolve("O9"), "level must be one of O0, O1, O2, O3, lean or a Policy, got 'O9'"),
         (lambda: resolve("o2"), "did you mean 'O2'"),
         (lambda: resolve(None), "got None"),
         (lambda: resolve(["O2"]), "got .*O2"),
         (lambda: O2.with_rule("wieght", "e5m2"), "role must be one of .* did you mean 'weight'"),
-        (lambda: O2.with_rule("weight", "e5m3"), "format must be one of .* did you mean 'e5m2'"),
+        (lambda: O2.with_rule("weight", "e5m4"), "format must be one of .* did you mean 'e5m2'"),
         (lambda: O2.with_recipe("delay"), "recipe must be one of .* did you mean 'delayed'"),
         (lambda: O2.override({"a": "fp16"}), "override of 'a' must be one of .*got 'fp16'"),
         (
@@ -162,6 +162,9 @@ def test_numbers_of_roles_are_fixed():
             "rule for every role, 'half' lacks weight",
         ),
         (lambda: Policy(name="odd", rules=RULES, parameter=Role.INPUT), "its master_weight or its weight, got 'input'"),
+        (lambda: O2.with_rule("master_weight", Rule(format=RESIDUAL)), "leaves of its master.*parameter=Role.WEIGHT"),
+        (lambda: LEAN.with_rule("weight", Rule(format=RESIDUAL)), "got one for weight where the parameter is"),
+        (lambda: O2.with_rule("first_moment", "ue5m3"), "a first_moment has a sign, got ue5m3"),
         (lambda: Rule(format=E4M3, block=(0, 1)), "a block is two sizes"),
         (lambda: Rule(format=E4M3, block=(1, 128), history=16), "a history needs one scale"),
         (lambda: Rule(format=E4M3, history=-1), "a history"),

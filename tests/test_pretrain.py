@@ -217,6 +217,7 @@ def test_what_a_writer_that_died_has_left_does_not_bar_the_way(text: Path, tmp_p
         ("--tensor-parallel 2", "--tensor-parallel must divide the number of ranks, got 2 for 1; give"),
         ("--tensor-parallel 0", "--tensor-parallel must be positive, got 0"),
         ("--sequence-parallel", "--sequence-parallel needs a model split over several ranks, got --tensor-parallel 1"),
+        ("--tensor-parallel-overlap", "--tensor-parallel-overlap is of split sequences, got it without"),
         ("--zero-stage 3", "--zero-stage must be 0, 1 or 2, or -1 for the level's own, got 3"),
         ("--steps 0", "--steps must be positive, got 0"),
         ("--lr -1", "--lr must not be negative, got -1"),

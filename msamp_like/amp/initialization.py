@@ -22,7 +22,9 @@ from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.hierarchical import PARTIAL_SUMS, TwoLevelGroup, check_nodes, two_level
 from msamp_like.comm.zero import OwnedWeights, Zero
 from msamp_like.nn import conversion
-from msamp_like.optim import LowPrecisionOptimizer, check, from_torch
+from msamp_like.nn.saved_activations import SavedActivations
+from msamp_like.nn.saved_activations import check_rule as check_saved
+from msamp_like.optim import GradientRelease, LowPrecisionOptimizer, check, from_torch
 from msamp_like.policy import Policy, Role
 from msamp_like.scaling import Scaler, roll
 from msamp_like.tensor import ScalingTensor
@@ -41,6 +43,7 @@ def initialize(
     *,
     recipe: str | None = None,
     overrides: Mapping[str, str] | None = None,
+    saved_activations: str | None = None,
     mesh: DeviceMesh | None = None,
     zero_stage: int | None = None,
     overlap_forward: bool = False,
@@ -48,15 +51,18 @@ def initialize(
     process_group: dist.ProcessGroup | None = None,
     ranks_per_node: int | None = None,
     bucket_bytes: int | None = None,
+    gradient_release: bool | GradientRelease = False,
     seed: int = 0,
 ) -> tuple[Model, Any]:
     """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
 
-    ``level`` is "O0", "O1", "O2", "O3" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the level's
-    own) or "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the torch
-    optimizer built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None (None
-    does) for a model that only runs; schedulers built on it go on working. ``seed`` starts the random stream of
-    stochastic rounding.
+    ``level`` is "O0", "O1", "O2", "O3", "lean" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the
+    level's own), "current", "rowwise", "blockwise" or "mxfp8" (:data:`~msamp_like.policy.RECIPES`). ``overrides`` maps
+    module-name patterns to "fp8", "smooth", "bf16" or "skip". ``optimizer`` is the torch optimizer built on the model's
+    parameters (one of ours comes back), a sequence of them (a list does), or None (None does) for a model that only
+    runs; schedulers built on it go on working. ``seed`` starts the random stream of stochastic rounding.
+    ``saved_activations="fp8"`` keeps what norms, activations and elementwise products need for backward in FP8 groups
+    (:mod:`msamp_like.nn.saved_activations`), "bf16" as torch does; None is the level's own.
 
     Where a process group of more than one rank is initialised the model becomes data-parallel over it, or over
     ``process_group``, unless ``data_parallel=False``. ``mesh`` says instead which ranks are data-parallel ("dp"),
@@ -71,6 +77,12 @@ def initialize(
     nodes of 8 GPUs, and 4 where tensor parallelism takes those in pairs. ``bucket_bytes`` is how much leaves at once,
     gradients and ZeRO's weights alike; None is 8 MiB, or 1 MiB a data-parallel rank where that is more.
 
+    With ``gradient_release`` a parameter is stepped in backward and its gradient freed at once, so that they never
+    exist together; ``optimizer.step()`` then only closes the step. Clipping is asked for there, as in
+    ``GradientRelease(max_norm=1.0)``, by the norm as far as it is known; a gradient that is not finite counts as
+    zero for its parameter instead of skipping the step; the learning rate is the one at backward; several backwards a
+    step are refused (:mod:`msamp_like.optim.release`).
+
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
     override or mesh axis, ranks that do not fill their nodes, a model that is converted already or has nothing to
     convert, an optimizer that cannot be mapped or holds parameters that are not the model's, and a parameter in two
@@ -79,16 +91,22 @@ def initialize(
     policy = policies.resolve(level)
     policy = policy.with_recipe(recipe) if recipe is not None else policy
     policy = policy.override(overrides) if overrides else policy
+    policy = policy.with_saved_activations(saved_activations) if saved_activations is not None else policy
+    check_saved(policy[Role.SAVED_ACTIVATION])
     policy = replace(policy, zero_stage=zero_stage) if zero_stage is not None else policy
     several = isinstance(optimizer, Sequence)
     sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     _check(model, sources, overrides or {})
     check_bucket_bytes(bucket_bytes)
     axes = _axes(model, mesh, process_group, data_parallel)
+    release = GradientRelease() if gradient_release is True else gradient_release or None
+    if release is not None:
+        _check_release(axes, policy)
     if ranks_per_node is not None:
         check_nodes(ranks_per_node, axes.data.world if axes.data is not None else 1)
 
-    settings = {"ranks_per_node": ranks_per_node, "bucket_bytes": bucket_bytes, "seed": seed}
+    settings: dict[str, Any] = {"ranks_per_node": ranks_per_node, "bucket_bytes": bucket_bytes, "seed": seed}
+    settings["gradient_release"] = str(release)
     _agree(axes, policy, settings, next((p.device for p in model.parameters()), torch.device("cpu")))
     if ranks_per_node is not None and axes.data is not None:
         axes.data = two_level(ranks_per_node, axes.data.group, axes.data.axis)
@@ -99,15 +117,19 @@ def initialize(
     tensor_parallel.adopt(model, policy)
     wiring = Wiring(policy, plans, axes)
     adopt_class(model, wiring)
+    if policy[Role.SAVED_ACTIVATION].format.scaled:
+        wiring.save_activations(model, SavedActivations(policy[Role.SAVED_ACTIVATION]))
     wiring.round_gradients(originals, scattered=_split_parameters(model))
     _reduce_together(model, wiring, bucket_bytes)
     optimizers = [_optimizer(source, wiring, originals, seed, overlap_forward) for source in sources]
     _roll_with(model, optimizers, wiring)
+    if release is not None:
+        _release(optimizers, wiring, release)
     axes.end_step()  # what made the ranks alike is no part of the first step
     return model, optimizers if several else optimizers[0] if optimizers else None
 
 
-def _agree(axes: Axes, policy: Policy, settings: Mapping[str, int | None], device: torch.device) -> None:
+def _agree(axes: Axes, policy: Policy, settings: Mapping[str, Any], device: torch.device) -> None:
     """Raise ValueError on every rank unless all were started alike; their models are compared where they are copied."""
     fields: dict[str, Any] = {
         "level": policy.name,
@@ -196,6 +218,26 @@ def _optimizer(
     if wiring.norms is not None:
         made.agree_max = wiring.axes.agree_max
     return made
+
+
+def _check_release(axes: Axes, policy: Policy) -> None:
+    split = [name for name, group in (("tp", axes.tensor), ("pp", axes.pipeline)) if group is not None]
+    split += ["zero_stage"] if policy.zero_stage and axes.data is not None else []
+    if split:
+        raise ValueError(
+            "gradients are released by one process, or by data-parallel ranks that all step every parameter, got "
+            f"{' and '.join(split)}; leave gradient_release out, or give zero_stage=0 and no tp or pp axis"
+        )
+
+
+def _release(optimizers: Sequence[LowPrecisionOptimizer], wiring: Wiring, settings: GradientRelease) -> None:
+    """Have each parameter stepped when its gradient is there: from backward, or from the reducer that has its mean."""
+    released = [optimizer.release(settings) for optimizer in optimizers]
+    wiring.releases_gradients = True
+    if wiring.reducer is not None:
+        wiring.reducer.on_mean = lambda parameter: [one.take(parameter) for one in released]
+    else:
+        wiring.removable += [handle for one in released for handle in one.hooks()]
 
 
 def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], overrides: Mapping[str, str]) -> None:
@@ -293,6 +335,8 @@ def restore(model: nn.Module) -> nn.Module:
     conversion.check_swappable((n, p) for n, p in model.named_parameters() if isinstance(p, ScalingTensor))
     for removable in wiring.removable:
         removable.remove()
+    if wiring.saved is not None:
+        wiring.saved.enabled = False  # a deep copy has hooks that no handle of ours removes
     if wiring.reducer is not None:
         wiring.reducer.remove()
     tensor_parallel.forget(model)

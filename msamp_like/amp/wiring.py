@@ -15,6 +15,7 @@ from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.zero import OwnedWeights
 from msamp_like.nn.conversion import Plan
 from msamp_like.nn.linear import rearm_hooks
+from msamp_like.nn.saved_activations import SavedActivations
 from msamp_like.policy import Policy, Role, Rule
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, real, unscaled
@@ -32,8 +33,10 @@ class Wiring:
         self.placements: list[OwnedWeights | None] = []
         self.rounded: list[Tensor] = []
         self.scattered: list[Tensor] = []
+        self.saved: SavedActivations | None = None
         self.removable: list[Any] = []
         self.released = False
+        self.releases_gradients = False
 
     def round_gradients(self, parameters: Iterable[Tensor], scattered: Sequence[Tensor]) -> None:
         """Have the first gradient of each of the parameters stored as the policy says, and marked if ``scattered``."""
@@ -45,8 +48,14 @@ class Wiring:
                 hook = _rounds_first(parameter, rule, id(parameter) in elsewhere)
                 self.removable.append(parameter.register_hook(hook))
 
+    def save_activations(self, model: nn.Module, saved: SavedActivations) -> None:
+        """Have what the model keeps for backward stored as ``saved`` says."""
+        self.saved = saved
+        self.removable += saved.attach(model)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
         made = Wiring(self.policy, [copy.deepcopy(plan, memo) for plan in self.plans], Axes())
+        made.saved = copy.deepcopy(self.saved, memo)
         made.round_gradients(copy.deepcopy(self.rounded, memo), copy.deepcopy(self.scattered, memo))
         return made
 
@@ -75,6 +84,11 @@ class Converted:
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within it, backward accumulates gradients on this rank; the first backward outside of it reduces the sum."""
         reducer = self._wiring.reducer
+        if self._wiring.releases_gradients:
+            raise RuntimeError(
+                "micro-batches add up in gradients that stay, got no_sync() with gradient_release, which frees each in "
+                "the backward that made it; take one larger batch a step, or initialize without gradient_release"
+            )
         return reducer.no_sync() if reducer is not None else contextlib.nullcontext()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

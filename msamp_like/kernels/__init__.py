@@ -14,32 +14,45 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msamp_like.formats import Block, Format, format_of, grid_shape
+from msamp_like.formats import Block, Format, check_same_kind, format_of, grid_shape
 from msamp_like.kernels import attention as attention_reference
-from msamp_like.kernels import cpu, grouped, reference
-from msamp_like.kernels.reference import AdamScalars, Noise, Operand, adam_update
+from msamp_like.kernels import cpu, grouped, reference, reference_updates, table
+from msamp_like.kernels.reference import Noise, Operand
+from msamp_like.kernels.reference_updates import (
+    AdamScalars,
+    Residual,
+    Row,
+    adam_update,
+    dequantize_with_residual,
+    quantize_with_residual,
+)
 
 __all__ = [
     "AdamScalars",
     "Noise",
     "Operand",
-    "adam_step_",
+    "Residual",
+    "Row",
+    "adam_steps_",
     "adam_update",
     "amax",
     "attention_backward",
     "attention_forward",
     "dequantize",
+    "dequantize_with_residual",
     "grouped_matmul",
     "quantize",
     "quantize_amax",
+    "quantize_both",
     "quantize_current",
+    "quantize_with_residual",
     "scale_inv_from_amax",
     "scaled_matmul",
     "store_",
@@ -52,6 +65,8 @@ _SCHEMAS = (
     "quantize_amax(Tensor x, Tensor scale_inv, ScalarType dtype, int[2] block) -> (Tensor, Tensor)",
     "quantize_current(Tensor x, ScalarType dtype, int[2] block, int margin, bool power_of_two)"
     " -> (Tensor, Tensor, Tensor)",
+    "quantize_both(Tensor x, ScalarType dtype, int[2] block, int margin, bool power_of_two)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "dequantize(Tensor payload, Tensor scale_inv, int[2] block, ScalarType dtype) -> Tensor",
     "scaled_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
     " str layout, ScalarType dtype) -> Tensor",
@@ -66,11 +81,8 @@ _SCHEMAS = (
     " float scale, bool causal, ScalarType format, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
     " Tensor value) -> ()",
-    "adam_step_(Tensor(a!) param, Tensor(b!) param_scale_inv, int[2] param_block, SymInt[]? param_noise,"
-    " Tensor grad, Tensor grad_scale_inv, int[2] grad_block,"
-    " Tensor(c!) first, Tensor(d!) first_scale_inv, int[2] first_block, SymInt[]? first_noise,"
-    " Tensor(e!) second, Tensor(f!) second_scale_inv, int[2] second_block, SymInt[]? second_noise,"
-    " float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, SymInt step) -> ()",
+    f"adam_steps_({table.SCHEMA}, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled)"
+    " -> ()",
 )
 
 _LIBRARY = torch.library.Library("msamp_like", "DEF")
@@ -109,13 +121,24 @@ def quantize_current(
     return _OPS.quantize_current.default(x, format.dtype, block, margin, power_of_two)
 
 
+def quantize_both(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`.reference.quantize_both`."""
+    return _OPS.quantize_both.default(x, format.dtype, block, margin, power_of_two)
+
+
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference.dequantize`."""
     return _OPS.dequantize.default(payload, scale_inv, block, dtype)
 
 
 def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:
-    """See :func:`.reference.scaled_matmul`; the order of the sum is the device's, so the last bits may differ."""
+    """See :func:`.reference.scaled_matmul`; the order of the sum is the device's, so the last bits may differ.
+
+    Raises ValueError for an OCP and a fnuz FP8 operand together.
+    """
+    check_same_kind(a.payload.dtype, b.payload.dtype)
     return _OPS.scaled_matmul.default(*a[:3], *b[:3], layout, dtype)
 
 
@@ -145,38 +168,39 @@ def store_(target: Operand, value: Tensor) -> None:
     _OPS.store_.default(*target, value)
 
 
-def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
-    """See :func:`.reference.adam_step_`."""
-    _OPS.adam_step_.default(*param, *grad[:3], *first, *second, *scalars)
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+    """See :func:`.reference_updates.adam_steps_`; all rows lie on one device and have as many states."""
+    _OPS.adam_steps_.default(*table.flatten(rows), *scalars)
 
 
 # --- which twin -----------------------------------------------------------------------------------------------------
 
 
+def _elsewhere(name: str) -> ModuleType:
+    return reference_updates if name == "adam_steps_" else reference
+
+
 @functools.cache
 def _on_cpu(name: str) -> ModuleType:
-    return cpu if cpu.available() else reference
+    twin = cpu if cpu.available() else reference
+    return twin if hasattr(twin, name) else _elsewhere(name)
 
 
 @functools.cache
 def _on_cuda(name: str) -> ModuleType:
     """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
     files = {
-        "adam_step_": "triton_adam",
+        "adam_steps_": "triton_adam",
         "scaled_matmul": "cuda",
+        "quantize_both": "triton_both",
         "grouped_matmul": "triton_grouped",
         "attention": "triton_attention",
         "attention_backward": "triton_attention",
     }
-    file = files.get(name, "triton_casts")
     if importlib.util.find_spec("triton") is None:
-        return reference
-    twin = importlib.import_module(f"msamp_like.kernels.{file}")
-    return twin if hasattr(twin, name) else reference
-
-
-def _elsewhere(name: str) -> ModuleType:
-    return reference
+        return _elsewhere(name)
+    twin = importlib.import_module(f"msamp_like.kernels.{files.get(name, 'triton_casts')}")
+    return twin if hasattr(twin, name) else _elsewhere(name)
 
 
 class _Device:
@@ -213,6 +237,12 @@ class _Device:
         twin = self.pick("quantize_current")
         return twin.quantize_current(x.contiguous(), format_of(dtype), _block(block), margin, power_of_two)
 
+    def quantize_both(
+        self, x: Tensor, dtype: torch.dtype, block: list[int], margin: int, power_of_two: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        twin = self.pick("quantize_both")
+        return twin.quantize_both(x.contiguous(), format_of(dtype), _block(block), margin, power_of_two)
+
     def dequantize(self, payload: Tensor, scale_inv: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
         return self.pick("dequantize").dequantize(payload.contiguous(), scale_inv, _block(block), dtype)
 
@@ -242,10 +272,10 @@ class _Device:
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
 
-    def adam_step_(self, *arguments: Any) -> None:
-        param, grad = _operand(*arguments[:4]), _operand(*arguments[4:7])
-        first, second = _operand(*arguments[7:11]), _operand(*arguments[11:15])
-        self.pick("adam_step_").adam_step_(param, grad, first, second, AdamScalars(*arguments[15:]))
+    def adam_steps_(self, *arguments: Any) -> None:
+        width = len(table.Flat._fields)
+        rows = table.unflatten(table.Flat(*arguments[:width]))
+        self.pick("adam_steps_").adam_steps_(rows, AdamScalars(*arguments[width:]))
 
 
 def _block(block: list[int]) -> Block:
@@ -279,6 +309,11 @@ def _empty_grid(x: Tensor, block: list[int]) -> Tensor:
     return torch.empty(grid_shape(x.shape, _block(block)), dtype=torch.float32, device=x.device)
 
 
+def _empty_both(x: Tensor, dtype: torch.dtype, block: list[int], margin: int, power_of_two: bool) -> tuple[Tensor, ...]:
+    crossed = torch.empty(x.t().shape, dtype=x.dtype, device=x.device)
+    return _empty_payload(x, dtype), _empty_grid(x, block), _empty_payload(crossed, dtype), _empty_grid(crossed, block)
+
+
 def _empty_product(
     a: Tensor, a_scale_inv: Tensor, a_block: list[int], b: Tensor, b_scale_inv: Tensor, b_block: list[int],
     layout: str, dtype: torch.dtype,
@@ -306,6 +341,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         _empty_grid(x, block),
         _empty_grid(x, block),
     ),
+    "quantize_both": _empty_both,
     "dequantize": lambda payload, scale_inv, block, dtype: _empty_payload(payload, dtype),
     "scaled_matmul": _empty_product,
     "grouped_matmul": _empty_grouped,
@@ -317,7 +353,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         torch.empty(arguments[i].shape, dtype=arguments[-1], device=arguments[i].device) for i in (0, 3, 6)
     ),
     "store_": lambda *arguments: None,
-    "adam_step_": lambda *arguments: None,
+    "adam_steps_": lambda *arguments: None,
 }
 
 for _name, _shape in _SHAPES.items():

@@ -6,6 +6,7 @@
 // pool of threads serves both.
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -14,15 +15,15 @@
 
 namespace {
 
-enum Type { FP32, BF16, FP16, E4M3, E5M2, TYPES };
-constexpr int64_t SIZE[TYPES] = {4, 2, 2, 1, 1};
+enum Type { FP32, BF16, FP16, E4M3, E5M2, UE5M3, TYPES };
+constexpr int64_t SIZE[TYPES] = {4, 2, 2, 1, 1, 1};
 constexpr int64_t TILE = 2048;                   // elements worked on at a time where values are staged in the L1 cache
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;   // below that, waking a thread costs more than it saves
 constexpr int64_t STREAMED_BYTES = 16 << 20;    // results of this size would fill a last-level cache
 constexpr int32_t INFINITE = 0x7f800000;  // bits of FP32, as are those a NaN lies above
 
 constexpr int32_t largest_bits(int type) {
-    constexpr int32_t bits[TYPES] = {0x7f7fffff, 0x7f7f0000, 0x477fe000, 0x43e00000, 0x47600000};
+    constexpr int32_t bits[TYPES] = {0x7f7fffff, 0x7f7f0000, 0x477fe000, 0x43e00000, 0x47600000, 0x47700000};
     return bits[type];
 }
 
@@ -30,9 +31,11 @@ template <int Format>
 struct Spec {
     static constexpr int32_t largest = largest_bits(Format);
     static constexpr int mantissa =
-        Format == FP32 ? 23 : Format == BF16 ? 7 : Format == FP16 ? 10 : Format == E4M3 ? 3 : 2;
+        Format == FP32 ? 23 : Format == BF16 ? 7 : Format == FP16 ? 10 : Format == E5M2 ? 2 : 3;
     static constexpr int smallest_field = Format == E4M3 ? 121 : Format == FP32 || Format == BF16 ? 1 : 113;
-    static constexpr float step = Format == E4M3 ? 0x1p-9f : 0x1p-16f;  // of the subnormals of the 8-bit formats
+    // of the subnormals of the 8-bit formats
+    static constexpr float step = Format == E4M3 ? 0x1p-9f : Format == E5M2 ? 0x1p-16f : 0x1p-17f;
+    static constexpr bool has_sign = Format != UE5M3;
     // Below this exponent field, 2^-(bits of a step) would leave FP32: BF16 values under 2^-119 share one step.
     static constexpr int stochastic_field = smallest_field > mantissa ? smallest_field : mantissa + 1;
 };
@@ -181,7 +184,7 @@ struct LowBytes {
 };
 
 struct Noise {
-    uint32_t seed, tensor, step, role;
+    uint32_t key0, key1, lower_half;  // reference.noise_keys, and which half of a word a role takes
 };
 
 struct Cast {
@@ -196,40 +199,19 @@ struct Cast {
     bool streams = false;  // the result is too large for the caches
 };
 
-struct AdamScalars {
-    float shrink;  // 1 - lr * weight_decay
-    float weight_decay, beta1, rest1, beta2, rest2, eps;
-    float correction2;  // sqrt(1 - beta2^step)
-    float rate;         // lr / (1 - beta1^step)
-    int32_t decoupled;
-};
-
-struct Stored {
-    uint8_t* payload;
-    float* scale_inv;
-    const Noise* noise;
-    int32_t type, per_tile;  // per_tile 0: one scale for the whole tensor
-    float next_scale_inv;    // of a whole tensor, while it is written
-    uint32_t amax;           // of the new values, bits
-};
-
-struct Adam {
-    Grid grid;
-    Stored* stored;  // param, first, second, grad
-    AdamScalars scalars;
-};
-
 struct Kernels {
     void (*amax)(const Cast&, int64_t, int64_t);
     void (*quantize)(const Cast&, int64_t, int64_t);
     void (*quantize_current)(const Cast&, int64_t, int64_t);
     void (*dequantize)(const Cast&, int64_t, int64_t);
-    void (*adam)(Adam&, int64_t, int64_t, bool);
 };
+
+#include "cpu_fused_types.h"
 
 #define ISA baseline
 #define LANES 4
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 
@@ -240,6 +222,7 @@ struct Kernels {
 #define ISA avx2
 #define LANES 8
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 #pragma GCC pop_options
@@ -249,6 +232,7 @@ struct Kernels {
 #define ISA avx512
 #define LANES 16
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 #pragma GCC pop_options
@@ -372,30 +356,4 @@ EXPORT void msamp_dequantize(const uint8_t* payload, int in, float* scale_inv, u
     cast_all(cast, kernels(simd).dequantize, threads);
 }
 
-// `stored` is param, first, second, grad. Tiles are (1, tile); an operand has one scale a tile or one in all.
-EXPORT void msamp_adam(Stored* stored, const AdamScalars* scalars, int64_t rows, int64_t columns, int64_t tile,
-                       int simd, int threads) {
-    Adam adam{{rows, columns, 1, tile}, stored, *scalars};
-    bool scales_unknown = false;
-    for (int k = 0; k < 3; ++k) {
-        stored[k].next_scale_inv = 1.0f;
-        scales_unknown |= !stored[k].per_tile && stored[k].type != FP32 && stored[k].type != BF16;
-    }
-    const auto pass = [&](bool write) {
-        for (int k = 0; k < 3; ++k) stored[k].amax = 0;
-        over_blocks(adam.grid, threads,
-                    [&](int64_t low, int64_t high) { kernels(simd).adam(adam, low, high, write); });
-    };
-    if (scales_unknown) {
-        pass(false);
-        for (int k = 0; k < 3; ++k) stored[k].next_scale_inv = Rule{stored[k].type}.scale_inv(stored[k].amax);
-    }
-    pass(true);
-    for (int k = 0; k < 3; ++k)
-        if (!stored[k].per_tile) {
-            *stored[k].scale_inv = Rule{stored[k].type}.scale_inv(stored[k].amax);
-            // Without a scale nothing had to be known before writing, so only now is it seen that the tensor is
-            // flagged.
-            if (!finite(*stored[k].scale_inv)) memset(stored[k].payload, 0, adam.grid.numel * SIZE[stored[k].type]);
-        }
-}
+#include "cpu_fused_exports.h"

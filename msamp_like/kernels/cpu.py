@@ -3,8 +3,8 @@
 The library is optional. Where it was not built or cannot be loaded, :func:`status` says why and the reference runs. It
 uses OpenMP without bringing a runtime: torch's own is made visible before loading, so both share one pool of threads.
 
-Where a case has no fast path (float64 input, an Adam step over two-dimensional blocks) the functions here call the
-reference themselves: the result is the same, bit for bit.
+Where a case has no fast path (float64 input, AMD's fnuz formats) the functions here call the reference themselves: the
+result is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from msamp_like.formats import FP8_DTYPES, Block, Format, block_extent, format_of, grid_shape, matrix_shape
 from msamp_like.kernels import reference
-from msamp_like.kernels.reference import AdamScalars, Noise, Operand
+from msamp_like.kernels.reference import Noise, Operand
 
 _TYPES = {  # the order of enum Type in cpu.cpp
     torch.float32: 0,
@@ -29,11 +29,10 @@ _TYPES = {  # the order of enum Type in cpu.cpp
     torch.float16: 2,
     torch.float8_e4m3fn: 3,
     torch.float8_e5m2: 4,
+    torch.uint8: 5,
 }
 _REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIMD_NAMES = ("baseline", "AVX2", "AVX-512")
-_TILE = 2048  # the longest run of cpu.cpp that an Adam step holds in the cache
-_MASK = 0xFFFFFFFF
 
 
 class NativeStatus(NamedTuple):
@@ -45,27 +44,7 @@ class NativeStatus(NamedTuple):
 
 
 class _Noise(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint32) for name in Noise._fields]
-
-
-class _Scalars(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_float) for name in ("shrink", "weight_decay", "beta1", "rest1", "beta2", "rest2", "eps")),
-        *((name, ctypes.c_float) for name in ("correction2", "rate")),
-        ("decoupled", ctypes.c_int32),
-    ]
-
-
-class _Stored(ctypes.Structure):
-    _fields_ = [
-        ("payload", ctypes.c_void_p),
-        ("scale_inv", ctypes.c_void_p),
-        ("noise", ctypes.POINTER(_Noise)),
-        ("type", ctypes.c_int32),
-        ("per_tile", ctypes.c_int32),
-        ("next_scale_inv", ctypes.c_float),
-        ("amax", ctypes.c_uint32),
-    ]
+    _fields_ = [(name, ctypes.c_uint32) for name in ("key0", "key1", "lower_half")]
 
 
 # --- the library ----------------------------------------------------------------------------------------------------
@@ -87,7 +66,6 @@ class _Native:
                 *(*shape, *how),
             ),
             "msamp_dequantize": (pointer, integer, pointer, pointer, integer, *shape, *how),
-            "msamp_adam": (pointer, pointer, size, size, size, *how),
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -99,7 +77,7 @@ class _Native:
         self.quantize = library.msamp_quantize
         self.quantize_current = library.msamp_quantize_current
         self.dequantize = library.msamp_dequantize
-        self.adam = library.msamp_adam
+        self.library = library  # cpu_fused.py has functions of its own in it
         self.simd: int = library.msamp_simd()
 
 
@@ -155,11 +133,11 @@ def _geometry(shape: torch.Size, block: Block) -> tuple[int, int, int, int]:
 
 
 def _noise(noise: Noise | None) -> _Noise | None:
-    return None if noise is None else _Noise(*(word & _MASK for word in noise))
+    return None if noise is None else _Noise(*reference.noise_keys(noise), noise.role & 2)
 
 
-def _has_fast_path(x: Tensor) -> bool:
-    return x.dtype in _REAL_DTYPES and x.numel() > 0
+def _has_fast_path(x: Tensor, stored: torch.dtype = torch.float32) -> bool:
+    return x.dtype in _REAL_DTYPES and x.numel() > 0 and stored in _TYPES
 
 
 def _scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
@@ -184,7 +162,7 @@ def amax(x: Tensor, block: Block) -> Tensor:
 
 def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_two: bool = True) -> Tensor:
     """See :func:`.reference.scale_inv_from_amax`."""
-    if amax.dtype != torch.float32:
+    if amax.dtype != torch.float32 or format.dtype not in _TYPES:
         return reference.scale_inv_from_amax(amax, format, margin, power_of_two)
     amax = amax.contiguous()
     scale_inv = torch.empty_like(amax)
@@ -194,7 +172,7 @@ def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_
 
 def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: Noise | None = None) -> Tensor:
     """See :func:`.reference.quantize`."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize(x, scale_inv, format, block, noise)
     payload = torch.empty(x.shape, dtype=format.dtype)
     quantize_into(payload, x, scale_inv, block, noise)
@@ -203,7 +181,7 @@ def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: 
 
 def quantize_amax(x: Tensor, scale_inv: Tensor, format: Format, block: Block) -> tuple[Tensor, Tensor]:
     """See :func:`.reference.quantize_amax`; reads ``x`` once."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize_amax(x, scale_inv, format, block)
     payload = torch.empty(x.shape, dtype=format.dtype)
     largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
@@ -232,16 +210,26 @@ def quantize_current(
     x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`.reference.quantize_current`; reads ``x`` once where a block is a run of at most 4096 elements."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize_current(x, format, block, margin, power_of_two)
     payload = torch.empty(x.shape, dtype=format.dtype)
     scale_inv = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
     return payload, scale_inv, _quantize_current(payload, scale_inv, block, None, x, format, margin, power_of_two)
 
 
+def quantize_both(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`.reference.quantize_both`; two passes and a transposed copy between them."""
+    payload, scale_inv, _ = quantize_current(x, format, block, margin, power_of_two)
+    crossed, crossed_scale_inv, _ = quantize_current(x.t().contiguous(), format, block, margin, power_of_two)
+    return payload, scale_inv, crossed, crossed_scale_inv
+
+
 def store_(target: Operand, value: Tensor) -> None:
     """See :func:`.reference.store_`; writes in place."""
-    if not _has_fast_path(value) or not (target.payload.is_contiguous() and target.scale_inv.is_contiguous()):
+    contiguous = target.payload.is_contiguous() and target.scale_inv.is_contiguous()
+    if not _has_fast_path(value, target.payload.dtype) or not contiguous:
         return reference.store_(target, value)
     _scales(target.scale_inv, value.shape, target.block)
     format = format_of(target.payload.dtype)
@@ -271,7 +259,7 @@ def _quantize_current(
 
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference.dequantize`."""
-    if payload.numel() == 0 or dtype not in _REAL_DTYPES:
+    if payload.numel() == 0 or dtype not in _REAL_DTYPES or payload.dtype not in _TYPES:
         return reference.dequantize(payload, scale_inv, block, dtype)
     real = torch.empty(payload.shape, dtype=dtype)
     dequantize_into(real, payload, scale_inv, block)
@@ -328,61 +316,3 @@ def _exact_in_bf16(operand: Operand) -> bool:
 @functools.cache
 def _multiplies_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-# --- optimizer updates ----------------------------------------------------------------------------------------------
-
-
-def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
-    """See :func:`.reference.adam_step_`; one pass over the bytes, bit-equal.
-
-    Fast where every operand has one scale, or one for each run of the same length of at most 2048 elements. An FP16 or
-    8-bit operand with one scale for all costs a second pass: its scale must be known before it is written.
-    """
-    tile = _common_tile((param, first, second, grad))
-    if tile is None:
-        return reference.adam_step_(param, grad, first, second, scalars)
-    native = _native()
-    grad = grad._replace(payload=grad.payload.contiguous(), scale_inv=grad.scale_inv.contiguous())
-    noises = [_noise(operand.noise) for operand in (param, first, second, grad)]
-    stored = (_Stored * 4)(
-        *(_stored(operand, noise) for operand, noise in zip((param, first, second, grad), noises, strict=True))
-    )
-    # With one scale each the rows mean nothing, and one long row makes full tiles.
-    blocks = max(operand.scale_inv.numel() for operand in (param, first, second, grad))
-    rows, columns = matrix_shape(param.payload.shape) if blocks > 1 else (1, param.payload.numel())
-    s = scalars
-    native.adam(
-        ctypes.byref(stored),
-        ctypes.byref(
-            _Scalars(
-                *(1 - s.lr * s.weight_decay, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.eps),
-                *((1 - s.beta2**s.step) ** 0.5, s.lr / (1 - s.beta1**s.step), s.decoupled),
-            )
-        ),
-        *(rows, columns, tile, native.simd, _threads()),
-    )
-    return None
-
-
-def _common_tile(operands: tuple[Operand, ...]) -> int | None:
-    """Elements in the tiles of a fused step, or None where the operands' blocks have no tile in common."""
-    contiguous = all(t.payload.is_contiguous() and t.scale_inv.is_contiguous() for t in operands[:3])
-    if operands[0].payload.numel() == 0 or not contiguous:
-        return None
-    tiles = set()
-    for operand in operands:
-        _scales(operand.scale_inv, operand.payload.shape, operand.block)
-        if operand.scale_inv.numel() > 1:
-            tiles.add(block_extent(operand.payload.shape, operand.block))
-    if not tiles:
-        return _TILE
-    (block_rows, tile), *others = tiles
-    return tile if not others and block_rows == 1 and tile <= _TILE else None
-
-
-def _stored(operand: Operand, noise: _Noise | None) -> _Stored:
-    return _Stored(
-        *(operand.payload.data_ptr(), operand.scale_inv.data_ptr(), None if noise is None else ctypes.pointer(noise)),
-        *(_TYPES[operand.payload.dtype], operand.scale_inv.numel() > 1),
-    )

@@ -9,7 +9,6 @@ namespace ISA {
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-typedef uint64_t Q __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
@@ -145,19 +144,32 @@ INLINE F half_to_float(const uint8_t* from) {
 #endif
 }
 
+// A UE5M3 code is the upper byte of a half without its sign.
+INLINE F code_to_float(I code) {
+#if LANES == 16
+    return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code << 7)));
+#elif LANES == 8
+    const __m256i halves = _mm256_packus_epi32((__m256i)(code << 7), (__m256i)(code << 7));
+    return (F)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xd8)));
+#else
+    return (F)code;  // not called: this instruction set has no conversion
+#endif
+}
+
 template <int Type>
 INLINE F byte_to_float(const uint8_t* from) {
     const I code = widened_bytes(from);
-    const I magnitude = code & 0x7f;
+    if constexpr (Type == UE5M3 && LANES >= 8) return code_to_float(code);
+    const I magnitude = Spec<Type>::has_sign ? code & 0x7f : code;
     constexpr int mantissa = Spec<Type>::mantissa;
     const I normal = (magnitude << (23 - mantissa)) + ((Spec<Type>::smallest_field - 1) << 23);
     const I subnormal = (I)(__builtin_convertvector(magnitude, F) * floats(Spec<Type>::step));
     I value = magnitude < (1 << mantissa) ? subnormal : normal;
-    if constexpr (Type == E5M2)
-        value = magnitude >= 0x7c ? (magnitude << 21) | 0x7f800000 : value;
-    else
+    if constexpr (Type == E4M3)
         value = magnitude == 0x7f ? integers(0x7fc00000) : value;
-    return (F)(value | (code & 0x80) << 24);
+    else
+        value = magnitude >= (0x1f << mantissa) ? (magnitude << (23 - mantissa)) | 0x7f800000 : value;
+    return (F)(Spec<Type>::has_sign ? value | (code & 0x80) << 24 : value);
 }
 
 template <int Type>
@@ -185,6 +197,8 @@ struct Parts {
 template <int Type>
 INLINE Parts parts(F real) {
     const I raw = (I)real, unclamped = raw & 0x7fffffff, largest = integers(Spec<Type>::largest);
+    if constexpr (!Spec<Type>::has_sign)
+        return {raw, unclamped, raw < 0 ? I{} : unclamped < largest ? unclamped : largest, unclamped > INFINITE};
     return {raw, unclamped, unclamped < largest ? unclamped : largest, unclamped > INFINITE};
 }
 
@@ -192,8 +206,9 @@ INLINE Parts parts(F real) {
 template <int Type>
 INLINE I signed_code(I code, const Parts& of) {
     constexpr int shift = 32 - 8 * SIZE[Type];
-    constexpr int nan = Type == FP16 ? 0x7e00 : Type == BF16 ? 0x7fc0 : 0x7f;
+    constexpr int nan = Type == FP16 ? 0x7e00 : Type == BF16 ? 0x7fc0 : Type == UE5M3 ? 0xfc : 0x7f;
     code = of.is_nan ? integers(nan) : code;
+    if constexpr (!Spec<Type>::has_sign) return code;
     return code | ((I)((U)of.raw >> shift) & (0x80 << (8 * SIZE[Type] - 8)));
 }
 
@@ -315,52 +330,23 @@ INLINE void cast(uint8_t* to, const Group& real) {
 
 // --- random bits ----------------------------------------------------------------------------------------------------
 
-INLINE Q wide_product(Q words, uint32_t multiplier) {
-#if LANES == 16
-    return (Q)_mm512_mul_epu32((__m512i)words, (__m512i)(Q{} + multiplier));
-#elif LANES == 8
-    return (Q)_mm256_mul_epu32((__m256i)words, (__m256i)(Q{} + multiplier));
-#else
-    return (words & 0xffffffffu) * multiplier;
-#endif
+// reference.random_bits before a half is taken: the words of elements `index` of a stream.
+INLINE U random_words(U index, const Noise& noise) {
+    U word = index * 0x9E3779B9u + noise.key0;
+    word = (word ^ word >> 16) * 0x7FEB352Du;
+    word = (word ^ word >> 15 ^ noise.key1) * 0x846CA68Bu;
+    return word ^ word >> 16;
 }
 
-INLINE Q xor3(Q a, Q b, Q c) {
-#if LANES == 16
-    return (Q)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
-#else
-    return a ^ b ^ c;
-#endif
-}
-
-// 16 random bits for each of the elements 8 * counter ... 8 * (counter + counters) - 1, in order. Writes whole groups
-// of LANES / 2 counters: `bits` needs room for 4 * LANES elements past the end.
-static void random_bits(uint16_t* bits, uint64_t counter, int64_t counters, const Noise& noise) {
-    constexpr int COUNTERS = LANES / 2;  // counters in one vector, one in each 64-bit lane
-    uint64_t keys[10][2];
-    for (int round = 0; round < 10; ++round) {
-        keys[round][0] = noise.seed + 0x9E3779B9u * (uint32_t)round;
-        keys[round][1] = noise.tensor + 0xBB67AE85u * (uint32_t)round;
-    }
-    for (int64_t done = 0; done < counters; done += COUNTERS) {
-        Q word0, word1 = Q{} + noise.step, word2 = Q{} + noise.role, word3 = Q{};
-        for (int lane = 0; lane < COUNTERS; ++lane) word0[lane] = counter + done + lane;
-        // The upper halves of the 64-bit lanes hold leftovers; the multiplication reads the lower halves only.
-        for (int round = 0; round < 10; ++round) {
-            const Q product0 = wide_product(word0, 0xD2511F53u), product1 = wide_product(word2, 0xCD9E8D57u);
-            word0 = xor3(product1 >> 32, word1, Q{} + keys[round][0]);
-            word2 = xor3(product0 >> 32, word3, Q{} + keys[round][1]);
-            word1 = product1;
-            word3 = product0;
+// 16 random bits for each of the elements start ... start + n - 1, in order. Writes whole groups.
+static void random_bits(uint16_t* bits, uint64_t start, int64_t n, const Noise& noise) {
+    for (int64_t done = 0; done < n; done += GROUP) {
+        I halves[4];
+        for (int k = 0; k < 4; ++k) {
+            const U word = random_words((U)lane_numbers() + (uint32_t)(start + done + k * LANES), noise);
+            halves[k] = (I)(noise.lower_half ? word & 0xffff : word >> 16);
         }
-        const Q low = (word0 & 0xffffffffu) | word1 << 32, high = (word2 & 0xffffffffu) | word3 << 32;
-        Q even, odd;  // lanes to interleave, of both
-        for (int lane = 0; lane < COUNTERS; ++lane) {
-            even[lane] = lane / 2 + lane % 2 * COUNTERS;
-            odd[lane] = even[lane] + COUNTERS / 2;
-        }
-        store(bits + 8 * done, __builtin_shuffle(low, high, even));
-        store(bits + 8 * done + 4 * COUNTERS, __builtin_shuffle(low, high, odd));
+        store_halves((uint8_t*)(bits + done), halves);
     }
 }
 
@@ -485,14 +471,16 @@ typedef void (*DecodeRun)(const uint8_t*, uint8_t*, int64_t, float);
 #define MODES_OF(In, Out) \
     { encode_run<In, Out, PLAIN>, encode_run<In, Out, NOISY>, encode_run<In, Out, WITH_AMAX> }
 #define ENCODERS_OF(In) \
-    { MODES_OF(In, FP32), MODES_OF(In, BF16), MODES_OF(In, FP16), MODES_OF(In, E4M3), MODES_OF(In, E5M2) }
+    { MODES_OF(In, FP32), MODES_OF(In, BF16), MODES_OF(In, FP16), MODES_OF(In, E4M3), MODES_OF(In, E5M2), \
+      MODES_OF(In, UE5M3) }
 #define DECODERS_OF(In) \
     { decode_run<In, FP32>, decode_run<In, BF16>, decode_run<In, FP16> }
 
 static const EncodeRun ENCODERS[3][TYPES][MODES] = {ENCODERS_OF(FP32), ENCODERS_OF(BF16), ENCODERS_OF(FP16)};
-static const AmaxRun AMAXES[TYPES] = {amax_run<FP32>, amax_run<BF16>, amax_run<FP16>, amax_run<E4M3>, amax_run<E5M2>};
+static const AmaxRun AMAXES[TYPES] = {amax_run<FP32>, amax_run<BF16>, amax_run<FP16>, amax_run<E4M3>, amax_run<E5M2>,
+                                       amax_run<UE5M3>};
 static const DecodeRun DECODERS[TYPES][3] = {
-    DECODERS_OF(FP32), DECODERS_OF(BF16), DECODERS_OF(FP16), DECODERS_OF(E4M3), DECODERS_OF(E5M2)};
+    DECODERS_OF(FP32), DECODERS_OF(BF16), DECODERS_OF(FP16), DECODERS_OF(E4M3), DECODERS_OF(E5M2), DECODERS_OF(UE5M3)};
 
 #undef MODES_OF
 #undef ENCODERS_OF
@@ -511,11 +499,11 @@ static uint32_t quantize_run(int in, const uint8_t* x, int out, uint8_t* payload
     }
     const float scale = 1.0f / scale_inv;
     if (!noise) return ENCODERS[in][out][with_amax ? WITH_AMAX : PLAIN](x, payload, n, scale, nullptr);
-    uint16_t bits[TILE + 8 + GROUP + 4 * LANES];
+    uint16_t bits[TILE + GROUP];
     for (int64_t done = 0; done < n; done += TILE) {
-        const int64_t count = n - done < TILE ? n - done : TILE, offset = (start + done) % 8;
-        random_bits(bits, (start + done) / 8, (offset + count + 7) / 8, *noise);
-        ENCODERS[in][out][NOISY](x + done * SIZE[in], payload + done * SIZE[out], count, scale, bits + offset);
+        const int64_t count = n - done < TILE ? n - done : TILE;
+        random_bits(bits, start + done, count, *noise);
+        ENCODERS[in][out][NOISY](x + done * SIZE[in], payload + done * SIZE[out], count, scale, bits);
     }
     return 0;
 }
@@ -591,140 +579,7 @@ static void quantize_current_range(const Cast& cast, int64_t low, int64_t high) 
 }
 static void dequantize_range(const Cast& cast, int64_t low, int64_t high) { staged(dequantize_part, cast, low, high); }
 
-// --- Adam -----------------------------------------------------------------------------------------------------------
-
-struct Values {  // of one tile, FP32: the new ones, and while they are staged the old ones
-    alignas(64) float param[TILE], first[TILE], second[TILE], grad[TILE];
-    uint32_t amax[3];  // bits, of param, first, second
-};
-
-INLINE I magnitude_below(F value, I lanes, int64_t count) {
-    const I magnitude = (I)value & 0x7fffffff;
-    return count >= LANES ? magnitude : (lanes < (int32_t)count ? magnitude : I{});
-}
-
-INLINE F square_root(F value) {
-#if LANES == 16
-    return (F)_mm512_sqrt_ps((__m512)value);
-#elif LANES == 8
-    return (F)_mm256_sqrt_ps((__m256)value);
-#else
-    for (int lane = 0; lane < LANES; ++lane) value[lane] = __builtin_sqrtf(value[lane]);
-    return value;
-#endif
-}
-
-// reference.adam_update on `n` elements read from the payloads of param, first, second, grad, into `values`. Vectors
-// are read to the end of the last group; what stands past n is computed with and not counted.
-template <int Param, int First, int Second, int Grad>
-static void update(const uint8_t* const (&from)[4], const float (&scales)[4], int64_t n, const AdamScalars& s,
-                   Values& values) {
-    const F shrink = floats(s.shrink), decay = floats(s.weight_decay), beta1 = floats(s.beta1), rest1 = floats(s.rest1);
-    const F beta2 = floats(s.beta2), rest2 = floats(s.rest2), correction2 = floats(s.correction2);
-    const F eps = floats(s.eps), rate = floats(s.rate);
-    const F scale0 = floats(scales[0]), scale1 = floats(scales[1]);
-    const F scale2 = floats(scales[2]), scale3 = floats(scales[3]);
-    const bool shrinks = s.weight_decay != 0 && s.decoupled, adds = s.weight_decay != 0 && !s.decoupled;
-    const I lanes = lane_numbers();
-    I amax[3] = {};
-    for (int64_t i = 0; i < n; i += GROUP) {
-        Group params, firsts, seconds, grads;
-        decode<Param>(from[0] + i * SIZE[Param], params);
-        decode<First>(from[1] + i * SIZE[First], firsts);
-        decode<Second>(from[2] + i * SIZE[Second], seconds);
-        decode<Grad>(from[3] + i * SIZE[Grad], grads);
-        for (int k = 0; k < 4; ++k) {
-            F param = params[k] * scale0, first = firsts[k] * scale1, second = seconds[k] * scale2;
-            F grad = grads[k] * scale3;
-            if (shrinks) param = param * shrink;
-            if (adds) grad = grad + param * decay;
-            first = first * beta1 + grad * rest1;
-            second = second * beta2 + (grad * grad) * rest2;
-            const F denominator = square_root(second) / correction2 + eps;
-            param = param - (first / denominator) * rate;
-            const int64_t place = i + k * LANES;
-            store(values.param + place, param);
-            store(values.first + place, first);
-            store(values.second + place, second);
-            amax[0] = larger(magnitude_below(param, lanes, n - place), amax[0]);
-            amax[1] = larger(magnitude_below(first, lanes, n - place), amax[1]);
-            amax[2] = larger(magnitude_below(second, lanes, n - place), amax[2]);
-        }
-    }
-    for (int k = 0; k < 3; ++k) values.amax[k] = largest_lane(amax[k]);
-}
-
-typedef void (*Update)(const uint8_t* const (&)[4], const float (&)[4], int64_t, const AdamScalars&, Values&);
-
-// The update that reads the payloads itself, for the formats that the levels store in; null for any other four.
-static Update direct_update(const Adam& adam) {
-    static const struct {
-        int types[4];
-        Update update;
-    } KNOWN[] = {
-        {{FP16, E4M3, FP16, E4M3}, update<FP16, E4M3, FP16, E4M3>},  // O2
-        {{FP16, E4M3, FP16, BF16}, update<FP16, E4M3, FP16, BF16>},  // O2, accumulated
-        {{FP16, FP32, FP32, E4M3}, update<FP16, FP32, FP32, E4M3>},  // O1
-        {{FP16, FP32, FP32, BF16}, update<FP16, FP32, FP32, BF16>},
-        {{FP32, FP32, FP32, BF16}, update<FP32, FP32, FP32, BF16>},  // O0
-        {{FP32, FP32, FP32, FP32}, update<FP32, FP32, FP32, FP32>},
-    };
-    for (const auto& known : KNOWN) {
-        bool equal = true;
-        for (int k = 0; k < 4; ++k) equal &= known.types[k] == adam.stored[k].type;
-        if (equal) return known.update;
-    }
-    return nullptr;
-}
-
-// The update of elements [start, start + n), which are tile `tile`.
-static void update_tile(const Adam& adam, Update direct, int64_t start, int64_t n, int64_t tile, Values& values) {
-    const uint8_t* from[4];
-    float scales[4];
-    for (int k = 0; k < 4; ++k) {
-        const Stored& stored = adam.stored[k];
-        from[k] = stored.payload + start * SIZE[stored.type];
-        scales[k] = stored.scale_inv[stored.per_tile ? tile : 0];
-    }
-    if (direct && n % GROUP == 0) return direct(from, scales, n, adam.scalars, values);
-    float* const staged[4] = {values.param, values.first, values.second, values.grad};
-    for (int k = 0; k < 4; ++k) {
-        DECODERS[adam.stored[k].type][FP32](from[k], (uint8_t*)staged[k], n, scales[k]);
-        from[k] = (const uint8_t*)staged[k];
-        scales[k] = 1.0f;
-    }
-    update<FP32, FP32, FP32, FP32>(from, scales, n, adam.scalars, values);
-}
-
-static void write_values(const Values& values, const Adam& adam, int64_t start, int64_t n, int64_t tile) {
-    const float* const sources[3] = {values.param, values.first, values.second};
-    float scales[3];
-    for (int k = 0; k < 3; ++k) {  // all three first: each is a chain of dependent operations
-        const Stored& stored = adam.stored[k];
-        scales[k] = stored.next_scale_inv;
-        if (stored.per_tile) scales[k] = stored.scale_inv[tile] = Rule{stored.type}.scale_inv(values.amax[k]);
-    }
-    for (int k = 0; k < 3; ++k) {
-        const Stored& stored = adam.stored[k];
-        uint8_t* payload = stored.payload + start * SIZE[stored.type];
-        quantize_run(FP32, (const uint8_t*)sources[k], stored.type, payload, start, n, scales[k], stored.noise, false);
-    }
-}
-
-// `write` false: only finds the largest new values, for operands whose one scale must be known before any is written.
-static void adam_range(Adam& adam, int64_t low, int64_t high, bool write) {
-    Values values = {};
-    uint32_t amax[3] = {0, 0, 0};
-    const Update direct = direct_update(adam);
-    for (Run run(adam.grid, low, high); run.start < high; run.next()) {
-        update_tile(adam, direct, run.start, run.length(), run.block, values);
-        for (int k = 0; k < 3; ++k) amax[k] = values.amax[k] > amax[k] ? values.amax[k] : amax[k];
-        if (write) write_values(values, adam, run.start, run.length(), run.block);
-    }
-    for (int k = 0; k < 3; ++k) raise_to(&adam.stored[k].amax, amax[k]);
-}
-
-static const Kernels KERNELS = {amax_range, quantize_range, quantize_current_range, dequantize_range, adam_range};
+static const Kernels KERNELS = {amax_range, quantize_range, quantize_current_range, dequantize_range};
 
 #undef INLINE
 }  // namespace ISA

@@ -9,21 +9,26 @@ Scales are stored as a matrix of FP32 ``scale_inv``, one entry a block (see :mod
 amax is not finite gets ``scale_inv = +inf`` and payload 0, so every value read back from it is NaN: the flag travels
 with the tensor, and no later MAX over ranks can lose it as it would lose a NaN.
 
-Stochastic rounding draws from Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), a
-pure function of (seed, tensor, step, role, index): independent of device, threads and restarts.
+Stochastic rounding draws 16 bits an element from a keyed hash of its index, a pure function of (seed, tensor, step,
+role, index): independent of device, threads and restarts. The optimizers' updates stand in :mod:`.reference_updates`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from msamp_like.formats import FP32, Block, Format, block_extent, format_of, grid_shape, matrix_shape
+from msamp_like.formats import FP32, UE5M3, Block, Format, block_extent, format_of, grid_shape, matrix_shape
 
 MAX_EXPONENT = 126
 """Scales are clamped to [2^-126, 2^126]: both a scale and its reciprocal are then normal FP32 numbers."""
+
+UE5M3_NAN = 0xFC
+"""The upper byte of FP16's quiet NaN, without the sign."""
 
 
 class Noise(NamedTuple):
@@ -108,7 +113,25 @@ def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: 
     scaled = torch.where(flagged, torch.zeros_like(scaled), scaled)
     if noise is not None and format is not FP32:
         scaled = round_stochastically(scaled, format, noise)
-    return scaled.clamp(-format.largest, format.largest).to(format.dtype).view(x.shape)
+    return encode(scaled.clamp(-format.largest if format.signed else 0.0, format.largest), format).view(x.shape)
+
+
+def encode(value: Tensor, format: Format) -> Tensor:
+    """FP32 within the format's range to its codes, rounded to nearest even; NaN stays NaN."""
+    if format.dtype != UE5M3.dtype:
+        return value.to(format.dtype)
+    field = (value.contiguous().view(torch.int32) >> 23).clamp(min=_exponent_field(format))
+    steps_per_unit = ((254 + format.mantissa_bits - field) << 23).view(torch.float32)
+    steps = torch.round(value * steps_per_unit).nan_to_num(0.0).int()
+    code = ((field - _exponent_field(format)) << format.mantissa_bits) + steps
+    return torch.where(value.isnan(), UE5M3_NAN, code).to(torch.uint8)
+
+
+def decode(payload: Tensor) -> Tensor:
+    """FP32 value of every code; exact."""
+    if payload.dtype != UE5M3.dtype:
+        return payload.float()
+    return (payload.to(torch.int16) << 7).view(torch.float16).float()
 
 
 def quantize_amax(x: Tensor, scale_inv: Tensor, format: Format, block: Block) -> tuple[Tensor, Tensor]:
@@ -125,43 +148,60 @@ def quantize_current(
     return quantize(x, scale_inv, format, block), scale_inv, largest
 
 
+def quantize_both(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`quantize_current` of a matrix and of its transpose: (payload, scale_inv, payload, scale_inv).
+
+    What a product reads that contracts over the columns, and what one reads that contracts over the rows: both have
+    their blocks along the last dim. A twin reads ``x`` once.
+    """
+    payload, scale_inv, _ = quantize_current(x, format, block, margin, power_of_two)
+    crossed, crossed_scale_inv, _ = quantize_current(x.t().contiguous(), format, block, margin, power_of_two)
+    return payload, scale_inv, crossed, crossed_scale_inv
+
+
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """``payload * scale_inv`` in FP32, rounded once to ``dtype``; shape of ``payload``."""
-    matrix = payload.reshape(matrix_shape(payload.shape)).float()
+    matrix = decode(payload.reshape(matrix_shape(payload.shape)))
     return (matrix * expand_scales(scale_inv, payload.shape, block)).to(dtype).view(payload.shape)
 
 
 # --- stochastic rounding --------------------------------------------------------------------------------------------
 
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+WEYL = 0x9E3779B9
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 
 
-def philox(counter: tuple[Tensor, int, int, int], key: tuple[int, int]) -> list[Tensor]:
-    """Four 32-bit words a counter, as int64 tensors of the shape of ``counter[0]``; ten rounds."""
-    first = counter[0]
-    words = [first, *(torch.full_like(first, value & _MASK) for value in counter[1:])]
-    key0, key1 = key[0] & _MASK, key[1] & _MASK
-    for _ in range(10):
-        product0, product1 = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
-        high0, low0 = (product0 >> 32) & _MASK, product0 & _MASK
-        high1, low1 = (product1 >> 32) & _MASK, product1 & _MASK
-        words = [high1 ^ words[1] ^ key0, low1, high0 ^ words[3] ^ key1, low0]
-        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
-    return words
+def noise_keys(noise: Noise) -> tuple[int, int]:
+    """The two 32-bit keys of a tensor's stream: BLAKE2b of (seed, tensor, step, role), without the role's bit 1.
+
+    Hashed once a tensor and step on the host, so that elements get by with a cheap mix. Roles that differ in bit 1
+    alone (a master weight and its second moment) share the keys: one word an element serves both, a half for each.
+    """
+    words = (noise.seed, noise.tensor, noise.step, noise.role & ~2)
+    digest = hashlib.blake2b(struct.pack("<4Q", *(word & (1 << 64) - 1 for word in words)), digest_size=8).digest()
+    first, second = struct.unpack("<2I", digest)
+    return first, second
 
 
 def random_bits(numel: int, noise: Noise, device: torch.device) -> Tensor:
-    """16 random bits an element, int64, shape (numel,).
+    """16 random bits an element, int64, shape (numel,): the upper half of the element's word, the lower one of a role
+    with bit 1.
 
-    Eight elements share one Philox counter: element i takes half ``i % 2`` (low half first) of word ``i % 8 // 2`` of
-    counter (i // 8, step, role, 0) under key (seed, tensor).
+    A word is a 32-bit permutation of the element's index (the stream of a tensor repeats after 2^32 elements): a Weyl
+    sequence that starts at one key, then two products with xor-shifts around them (the constants of C. Wellons' search
+    for low bias, 2018, https://nullprogram.com/blog/2018/07/31/), the other key between the two. So the streams of two
+    keys are not shifts of each other.
     """
-    counters = torch.arange(-(-numel // 8), dtype=torch.int64, device=device)
-    words = philox((counters, noise.step, noise.role, 0), (noise.seed, noise.tensor))
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, dim=1).flatten()[:numel]
+    key0, key1 = noise_keys(noise)
+    word = torch.arange(numel, dtype=torch.int64, device=device) & _MASK
+    word = (word * WEYL + key0) & _MASK
+    word = ((word ^ (word >> 16)) * MULTIPLIERS[0]) & _MASK
+    word = ((word ^ (word >> 15) ^ key1) * MULTIPLIERS[1]) & _MASK
+    word = word ^ (word >> 16)
+    return word & 0xFFFF if noise.role & 2 else word >> 16
 
 
 def round_stochastically(scaled: Tensor, format: Format, noise: Noise) -> Tensor:
@@ -205,53 +245,7 @@ def transposed(matrix: Tensor, letter: str) -> Tensor:
     return matrix.t() if letter == "t" else matrix
 
 
-# --- optimizer updates ----------------------------------------------------------------------------------------------
-
-
-class AdamScalars(NamedTuple):
-    """Scalars of one Adam step, each rounded to FP32 where it is used. ``step`` counts from 1."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled: bool  # AdamW: decay acts on the weight; Adam: it is added to the gradient
-    step: int
-
-
-def adam_update(param: Tensor, grad: Tensor, first: Tensor, second: Tensor, scalars: AdamScalars) -> list[Tensor]:
-    """One step of Adam or AdamW on FP32 tensors of one shape: new (param, first moment, second moment).
-
-    m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
-    w = w (1 - lr decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-
-    References: Kingma and Ba, "Adam", 2015, arXiv:1412.6980; Loshchilov and Hutter, "Decoupled Weight Decay
-    Regularization", 2019, arXiv:1711.05101.
-
-    Every product and sum is its own rounding: a fused multiply-add would give other last bits on another device.
-    """
-    s = scalars
-    if s.weight_decay != 0:
-        if s.decoupled:
-            param = param * (1 - s.lr * s.weight_decay)
-        else:
-            grad = grad + param * s.weight_decay
-    first = first * s.beta1 + grad * (1 - s.beta1)
-    second = second * s.beta2 + (grad * grad) * (1 - s.beta2)
-    correction1, correction2 = 1 - s.beta1**s.step, (1 - s.beta2**s.step) ** 0.5
-    root = second.double().sqrt().float()  # torch's FP32 square root is not correctly rounded on every CPU
-    denominator = root / correction2 + s.eps
-    param = param - (first / denominator) * (s.lr / correction1)
-    return [param, first, second]
-
-
-def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
-    """One fused Adam step in place: dequantize, :func:`adam_update`, requantize with scales from the new values."""
-    stored = (param, first, second)
-    w, g, m, v = (dequantize(t.payload, t.scale_inv, t.block, torch.float32) for t in (param, grad, first, second))
-    for target, value in zip(stored, adam_update(w, g, m, v, scalars), strict=True):
-        store_(target, value)
+# --- writing in place -----------------------------------------------------------------------------------------------
 
 
 def store_(target: Operand, value: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Triton twin of ``reference.adam_step_``: one pass over the bytes of a parameter, its gradient and its two moments.
+"""Triton twin of ``reference_updates.adam_steps_``: one pass over the bytes of a parameter, its gradient and moments.
 
 Read, decode, update in FP32 in the reference's order of operations, find each block's new scale, encode, write: with
 an FP16 parameter, E4M3 gradient, E4M3 and FP16 moments that is 11 bytes an element, and 24 more a block for the scales.
@@ -14,24 +14,27 @@ Left out: many tensors in one launch. The speed is not measured yet: ``benchmark
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from msamp_like.formats import block_extent, format_of, matrix_shape
-from msamp_like.kernels import reference
-from msamp_like.kernels.reference import AdamScalars, Operand
+from msamp_like.kernels import reference_updates
+from msamp_like.kernels.reference import Operand
+from msamp_like.kernels.reference_updates import AdamScalars, Row, corrected
+from msamp_like.kernels.triton_casts import dequantize, store_
 from msamp_like.kernels.triton_codec import INFINITY, decode, encode, magnitude_bits, scale_down, scale_inv_of
 from msamp_like.kernels.triton_tiles import (
     TILE_ELEMENTS,
     Tiling,
     block_offsets,
+    keys,
     launch,
     num_blocks,
     random_bits,
     raw,
-    words,
 )
 
 logger = logging.getLogger(__name__)
@@ -70,21 +73,18 @@ def _write(
     tl.store(payload + offsets, encode(scale_down(value, scales), random, FORMAT, NOISY), mask=inside)
 
 
-@triton.jit(do_not_specialize=[
-    "param_seed", "param_tensor", "param_step", "param_role", "first_seed", "first_tensor", "first_step", "first_role",
-    "second_seed", "second_tensor", "second_step", "second_role",
-])  # fmt: skip
+@triton.jit(do_not_specialize=["param_key0", "param_key1", "first_key0", "first_key1", "second_key0", "second_key1"])
 def _adam_kernel(
-    param, param_scale_inv, param_seed, param_tensor, param_step, param_role,
-    first, first_scale_inv, first_seed, first_tensor, first_step, first_role,
-    second, second_scale_inv, second_seed, second_tensor, second_step, second_role,
+    param, param_scale_inv, param_key0, param_key1,
+    first, first_scale_inv, first_key0, first_key1,
+    second, second_scale_inv, second_key0, second_key1,
     grad, grad_scale_inv, flags, rows, columns, block_rows, block_columns,
-    keep, weight_decay, beta1, rest1, beta2, rest2, rate, correction2, eps,
-    PARAM: tl.constexpr, PARAM_BLOCKED: tl.constexpr, PARAM_NOISY: tl.constexpr,
-    FIRST: tl.constexpr, FIRST_BLOCKED: tl.constexpr, FIRST_NOISY: tl.constexpr,
-    SECOND: tl.constexpr, SECOND_BLOCKED: tl.constexpr, SECOND_NOISY: tl.constexpr,
+    keep, weight_decay, beta1, rest1, beta2, rest2, rate, eps,
+    PARAM: tl.constexpr, PARAM_BLOCKED: tl.constexpr, PARAM_NOISY: tl.constexpr, PARAM_LOWER_HALF: tl.constexpr,
+    FIRST: tl.constexpr, FIRST_BLOCKED: tl.constexpr, FIRST_NOISY: tl.constexpr, FIRST_LOWER_HALF: tl.constexpr,
+    SECOND: tl.constexpr, SECOND_BLOCKED: tl.constexpr, SECOND_NOISY: tl.constexpr, SECOND_LOWER_HALF: tl.constexpr,
     GRAD: tl.constexpr, GRAD_BLOCKED: tl.constexpr, DECAY: tl.constexpr,
-    SHARED: tl.constexpr, PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
+    PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     exists = blocks < num_blocks(rows, columns, block_rows, block_columns)
@@ -95,36 +95,26 @@ def _adam_kernel(
     m = _read(first, first_scale_inv, blocks, exists, offsets, inside, FIRST, FIRST_BLOCKED)
     v = _read(second, second_scale_inv, blocks, exists, offsets, inside, SECOND, SECOND_BLOCKED)
 
-    # reference.adam_update, each line in its order; contraction is off at launch.
+    # reference_updates.adam_update, each line in its order; contraction is off at launch.
     if DECAY == "decoupled":
         w = w * keep
     elif DECAY == "added":
         g = g + w * weight_decay
     m = m * beta1 + g * rest1
     v = v * beta2 + (g * g) * rest2
-    denominator = tl.div_rn(tl.sqrt_rn(v), tl.full(v.shape, 1.0, tl.float32) * correction2) + eps
-    w = w - tl.div_rn(m, denominator) * rate
+    w = w - tl.div_rn(m, tl.sqrt_rn(v) + eps) * rate
 
     random = 0
     if PARAM_NOISY:
-        random = random_bits(
-            blocks, 0, rows, columns, block_rows, block_columns, param_seed, param_tensor, param_step, param_role,
-            SHARED, PADDED, ELEMENTS,
-        )  # fmt: skip
+        random = random_bits(offsets, param_key0, param_key1, PARAM_LOWER_HALF)
     _write(w, param, param_scale_inv, flags, random, blocks, exists, offsets, inside,
            PARAM, PARAM_BLOCKED, PARAM_NOISY)  # fmt: skip
     if FIRST_NOISY:
-        random = random_bits(
-            blocks, 0, rows, columns, block_rows, block_columns, first_seed, first_tensor, first_step, first_role,
-            SHARED, PADDED, ELEMENTS,
-        )  # fmt: skip
+        random = random_bits(offsets, first_key0, first_key1, FIRST_LOWER_HALF)
     _write(m, first, first_scale_inv, flags + 1, random, blocks, exists, offsets, inside,
            FIRST, FIRST_BLOCKED, FIRST_NOISY)  # fmt: skip
     if SECOND_NOISY:
-        random = random_bits(
-            blocks, 0, rows, columns, block_rows, block_columns, second_seed, second_tensor, second_step, second_role,
-            SHARED, PADDED, ELEMENTS,
-        )  # fmt: skip
+        random = random_bits(offsets, second_key0, second_key1, SECOND_LOWER_HALF)
     _write(v, second, second_scale_inv, flags + 2, random, blocks, exists, offsets, inside,
            SECOND, SECOND_BLOCKED, SECOND_NOISY)  # fmt: skip
 
@@ -155,31 +145,38 @@ def _settle_kernel(
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, scalars: AdamScalars) -> None:
-    """``reference.adam_step_``; operands that one pass cannot take go to the reference itself."""
-    if param.payload.numel() == 0:
-        return
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+    """``reference_updates.adam_steps_``; rows that one pass cannot take go to the reference itself."""
+    for row in rows:
+        if row.param.payload.numel():
+            _adam_step_(row, scalars)
+
+
+def _adam_step_(row: Row, scalars: AdamScalars) -> None:
+    param, grad, (first, second) = row.param, row.grad, row.states
     tiling, reason = _one_pass(param, grad, first, second)
-    if tiling is None:
-        _name_fallback(reason)
-        reference.adam_step_(param, grad, first, second, scalars)
+    if tiling is None or row.residual is not None:
+        _name_fallback(reason or "a master of two parts")
+        reference_updates.adam_steps_([row], scalars)
         return
     stored = {"PARAM": param, "FIRST": first, "SECOND": second}
     blocked = {f"{name}_BLOCKED": _is_blocked(operand) for name, operand in stored.items()}
     constants = {name: format_of(operand.payload.dtype).name for name, operand in stored.items()}
     noisy = {f"{name}_NOISY": operand.noise is not None and constants[name] != "fp32"
              for name, operand in stored.items()}  # fmt: skip
+    halves = {f"{name}_LOWER_HALF": operand.noise is not None and bool(operand.noise.role & 2)
+              for name, operand in stored.items()}  # fmt: skip
     pointers = [(raw(operand.payload), operand.scale_inv) for operand in stored.values()]
     arguments: list[object] = []
     for pair, operand in zip(pointers, stored.values(), strict=True):
-        arguments += [*pair, *words(operand.noise)]
+        arguments += [*pair, *keys(operand.noise)]
     flags = torch.zeros(3, dtype=torch.int32, device=param.payload.device)
     launch(
         _adam_kernel, param.payload, tiling.num_programs, *arguments, raw(grad.payload), grad.scale_inv, flags,
-        *tiling.matrix, *_coefficients(scalars), **constants, **blocked, **noisy,
+        *tiling.matrix, *_coefficients(scalars, row.step), **constants, **blocked, **noisy, **halves,
         GRAD=format_of(grad.payload.dtype).name, GRAD_BLOCKED=grad.scale_inv.numel() > 1,
         DECAY="none" if scalars.weight_decay == 0 else "decoupled" if scalars.decoupled else "added",
-        SHARED=tiling.shared, **tiling.options(),
+        **tiling.options(),
     )  # fmt: skip
     if not all(blocked.values()):
         numel = param.payload.numel()
@@ -187,14 +184,14 @@ def adam_step_(param: Operand, grad: Operand, first: Operand, second: Operand, s
             _settle_kernel, param.payload, triton.cdiv(numel, TILE_ELEMENTS),
             *(pointer for pair in pointers for pointer in pair), flags, numel, **blocked, ELEMENTS=TILE_ELEMENTS,
         )  # fmt: skip
+    if row.copy is not None:
+        store_(row.copy, dequantize(param.payload, param.scale_inv, param.block, torch.float32))
 
 
-def _coefficients(s: AdamScalars) -> tuple[float, ...]:
+def _coefficients(s: AdamScalars, step: int) -> tuple[float, ...]:
     """Scalars as the kernel takes them, computed in double as the reference does; each is rounded to FP32 once."""
-    correction1, correction2 = 1 - s.beta1**s.step, (1 - s.beta2**s.step) ** 0.5
-    rest1, rest2 = 1 - s.beta1, 1 - s.beta2
-    keep = 1 - s.lr * s.weight_decay
-    return keep, s.weight_decay, s.beta1, rest1, s.beta2, rest2, s.lr / correction1, correction2, s.eps
+    rate, eps = corrected(s, step)
+    return 1 - s.lr * s.weight_decay, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, rate, eps
 
 
 def _is_blocked(operand: Operand) -> bool:

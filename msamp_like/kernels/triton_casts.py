@@ -29,12 +29,12 @@ from msamp_like.kernels.triton_codec import (
 from msamp_like.kernels.triton_tiles import (
     TILE_ELEMENTS,
     block_offsets,
+    keys,
     launch,
     num_blocks,
     random_bits,
     raw,
     tile,
-    words,
 )
 
 _KNOWN_DTYPES = tuple(format.dtype for format in FORMATS.values())
@@ -69,11 +69,11 @@ def _amax_kernel(
     _store_amax(amax, largest, blocks, exists, SINGLE)
 
 
-@triton.jit(do_not_specialize=["seed", "tensor", "step", "role"])
+@triton.jit(do_not_specialize=["key0", "key1"])
 def _quantize_kernel(
-    x, scale_inv, payload, amax, rows, columns, block_rows, block_columns, seed, tensor, step, role,
-    X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, NOISY: tl.constexpr, SHARED: tl.constexpr, WITH_AMAX: tl.constexpr,
-    SINGLE: tl.constexpr,
+    x, scale_inv, payload, amax, rows, columns, block_rows, block_columns, key0, key1,
+    X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, NOISY: tl.constexpr, LOWER_HALF: tl.constexpr,
+    WITH_AMAX: tl.constexpr, SINGLE: tl.constexpr,
     PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
@@ -88,10 +88,7 @@ def _quantize_kernel(
             largest = tl.maximum(largest, tl.max(magnitude_bits(value), axis=1))
         random = 0
         if NOISY:
-            random = random_bits(
-                blocks, index * ELEMENTS, rows, columns, block_rows, block_columns, seed, tensor, step, role,
-                SHARED, PADDED, ELEMENTS,
-            )  # fmt: skip
+            random = random_bits(offsets, key0, key1, LOWER_HALF)
         tl.store(payload + offsets, encode(scale_down(value, scales), random, FORMAT, NOISY), mask=inside)
     if WITH_AMAX:
         _store_amax(amax, largest, blocks, exists, SINGLE)
@@ -255,9 +252,10 @@ def _quantize_into(
     if x.numel() > 0:
         launch(
             _quantize_kernel, x, tiling.num_programs, raw(x), scale_inv.contiguous(), raw(payload),
-            None if largest is None else raw(largest), *tiling.matrix, *words(noise),
+            None if largest is None else raw(largest), *tiling.matrix, *keys(noise),
             X_FORMAT=format_of(x.dtype).name, FORMAT=format.name, NOISY=noise is not None and format.name != "fp32",
-            SHARED=tiling.shared, WITH_AMAX=largest is not None, SINGLE=tiling.single, **tiling.options(),
+            LOWER_HALF=noise is not None and bool(noise.role & 2), WITH_AMAX=largest is not None,
+            SINGLE=tiling.single, **tiling.options(),
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msamp_like.formats import Block, block_extent, grid_shape, matrix_shape
-from msamp_like.kernels.reference import Noise
+from msamp_like.kernels.reference import Noise, noise_keys
 
 TILE_ELEMENTS = 4096
 """Elements a program holds at a time, unless one block is larger."""
@@ -54,43 +54,13 @@ def num_blocks(rows, columns, block_rows, block_columns):
 
 
 @triton.jit
-def random_bits(
-    blocks, start, rows, columns, block_rows, block_columns, seed, tensor, step, role,
-    SHARED: tl.constexpr, PADDED: tl.constexpr, ELEMENTS: tl.constexpr,
-):  # fmt: skip
-    """16 bits an element of the tile that starts at element ``start``, int32: ``reference.random_bits`` at its offsets.
-
-    SHARED: eight elements lie side by side wherever a block is cut, so one Philox counter serves eight, as it is meant
-    to; otherwise each element computes its own counter, eight times the arithmetic for the same bits.
-    """
-    if SHARED:
-        elements = start + tl.arange(0, ELEMENTS // 8) * 8
-        offsets, _ = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
-        word0, word1, word2, word3 = _philox(offsets, seed, tensor, step, role)
-        # Element i takes half i % 2 of word i % 8 // 2; interleaving splits on the low bit of i last.
-        low = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3)) & 0xFFFF
-        high = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3)) >> 16
-        bits = tl.interleave(low, high)
-    else:
-        elements = start + tl.arange(0, ELEMENTS)
-        offsets, _ = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
-        word0, word1, word2, word3 = _philox(offsets, seed, tensor, step, role)
-        part = (offsets % 8).to(tl.int32)
-        word = tl.where(part < 4, tl.where(part < 2, word0, word1), tl.where(part < 6, word2, word3))
-        bits = tl.where(part % 2 == 0, word & 0xFFFF, word >> 16)
-    return bits.to(tl.int32)
-
-
-@triton.jit
-def _philox(offsets, seed, tensor, step, role):
-    """Four words of counter (offset // 8, step, role, 0) under key (seed, tensor), ten rounds."""
-    counter = (offsets // 8).to(tl.uint32)
-    zero = counter * 0
-    step = zero + step.to(tl.uint32, bitcast=True)
-    role = zero + role.to(tl.uint32, bitcast=True)
-    key0 = zero + seed.to(tl.uint32, bitcast=True)
-    key1 = zero + tensor.to(tl.uint32, bitcast=True)
-    return tl.philox_impl(counter, step, role, zero, key0, key1)
+def random_bits(offsets, key0, key1, LOWER_HALF: tl.constexpr):
+    """16 bits an element, int32: ``reference.random_bits`` at ``offsets``."""
+    word = offsets.to(tl.uint32) * 0x9E3779B9 + key0.to(tl.uint32, bitcast=True)
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15) ^ key1.to(tl.uint32, bitcast=True)) * 0x846CA68B
+    word = word ^ (word >> 16)
+    return ((word & 0xFFFF) if LOWER_HALF else (word >> 16)).to(tl.int32)
 
 
 # --- on the host ------------------------------------------------------------------------------------------------------
@@ -113,12 +83,6 @@ class Tiling(NamedTuple):
     @property
     def num_tiles(self) -> int:
         return triton.cdiv(self.matrix[2] * self.padded, self.elements)
-
-    @property
-    def shared(self) -> bool:
-        """Whether eight elements that share a Philox counter always lie in one block, side by side."""
-        rows, columns, _, block_columns = self.matrix
-        return block_columns % 8 == 0 and (rows == 1 or columns % 8 == 0)
 
     def options(self) -> dict[str, Any]:
         """Constants and launch options; contraction to a fused multiply-add would change last bits."""
@@ -159,8 +123,8 @@ def raw(stored: Tensor) -> Tensor:
     return stored.view(_RAW[stored.element_size()])
 
 
-def words(noise: Noise | None) -> tuple[int, int, int, int]:
-    """The four words of ``noise`` as signed 32-bit integers, so that a kernel compiles for one argument type."""
-    values = [value & 0xFFFFFFFF for value in noise or (0, 0, 0, 0)]
-    seed, tensor, step, role = (value - (1 << 32) if value >= 1 << 31 else value for value in values)
-    return seed, tensor, step, role
+def keys(noise: Noise | None) -> tuple[int, int]:
+    """The keys of a stream as signed 32-bit integers, so that a kernel compiles for one argument type."""
+    found = (0, 0) if noise is None else noise_keys(noise)
+    first, second = (key - (1 << 32) if key >= 1 << 31 else key for key in found)
+    return first, second

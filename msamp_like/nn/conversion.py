@@ -82,7 +82,7 @@ def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
         return _checked(made("bf16", f"policy keeps {pattern!r} in bf16"), module.weight)
     if not policy.fp8_products:
         return _checked(made("bf16", f"level {policy.name} has no FP8 products"), module.weight)
-    return _checked(made("fp8"), module.weight)
+    return _checked(made("fp8", f"override {pattern!r} smooths its input" if wanted == "smooth" else ""), module.weight)
 
 
 def _is(module: nn.Module, cls: type[M]) -> TypeGuard[M]:

@@ -81,7 +81,13 @@ class GroupedGemm(LinearGemm):
                     f"{role.value}; a block of several rows would span experts: give (1, {policy[role].block[1]})"
                 )
 
-    def weight_operand(self, weight: ScalingTensor) -> Operand:
+        if self.smooth:
+            raise ValueError(
+                f"a smooth product has one factor a channel for all rows, got the override 'smooth' for the experts "
+                f"{name!r}; use 'fp8' or 'bf16' there"
+            )
+
+    def weight_operand(self, weight: ScalingTensor, channels: Tensor | None = None) -> Operand:
         """The compute copy, no scale of which spans experts; a weight that is stored as products read it is its own."""
         rule = self.weight_rule
         if weight.format == rule.format and (weight.block[0] == -1 or weight.shape[1] % weight.block[0] == 0):

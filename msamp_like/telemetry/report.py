@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from msamp_like.nn.conversion import Plan
 from msamp_like.nn.grouped import GroupedLinear
+from msamp_like.policy import Policy, Role
 from msamp_like.tensor import ScalingTensor
 
 
@@ -35,6 +36,7 @@ class Report:
 
     level: str
     rows: tuple[Row, ...]
+    saved_activations: str = "as torch keeps them"
 
     @property
     def flops_share(self) -> float:
@@ -49,7 +51,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         shares = {"flops_share": self.flops_share, "bytes_share": self.bytes_share}
-        return {"level": self.level, **shares, "rows": [asdict(row) for row in self.rows]}
+        kept = {"saved_activations": self.saved_activations}
+        return {"level": self.level, **shares, **kept, "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=4)
@@ -62,7 +65,7 @@ class Report:
         tail = (
             f"{self.level}: {self.flops_share:.1%} of the linear FLOPs and {self.bytes_share:.1%} of the bytes in FP8"
         )
-        return "\n".join([head, *lines, tail])
+        return "\n".join([head, *lines, tail, f"saved activations: {self.saved_activations}"])
 
 
 def _share(rows: Sequence[Row], field: str) -> float:
@@ -70,9 +73,11 @@ def _share(rows: Sequence[Row], field: str) -> float:
     return sum(getattr(row, field) for row in rows if row.product == "fp8") / total if total else 0.0
 
 
-def make_report(level: str, plans: Sequence[Plan]) -> Report:
+def make_report(policy: Policy, plans: Sequence[Plan]) -> Report:
     """The report of a conversion that followed ``plans``, or of one that would."""
-    return Report(level=level, rows=tuple(_row(plan) for plan in plans))
+    report = Report(level=policy.name, rows=tuple(_row(plan) for plan in plans))
+    rule = policy[Role.SAVED_ACTIVATION]
+    return replace(report, saved_activations=str(rule)) if rule.format.scaled else report
 
 
 def _row(plan: Plan) -> Row:

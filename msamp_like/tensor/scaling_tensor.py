@@ -115,6 +115,15 @@ class ScalingTensor(torch.Tensor):
         self._marks["agreed"] = agreed
 
     @property
+    def recorded(self) -> bool:
+        """Whether whoever keeps the other half of a master knows the values; every write takes it away."""
+        return self._marks.get("recorded", False)
+
+    @recorded.setter
+    def recorded(self, recorded: bool) -> None:
+        self._marks["recorded"] = recorded
+
+    @property
     def shard(self) -> bool:
         """Whether torch's ``fully_shard`` made this for a shard's rows."""
         return self._marks.get("shard", False)
@@ -177,6 +186,20 @@ class ScalingTensor(torch.Tensor):
     def drop_casts(self) -> None:
         """Forget compute copies; whoever writes the payload in place calls this."""
         self._casts.clear()
+        self.recorded = False
+
+    def cast_to_update(self) -> Operand | None:
+        """The compute copy that whoever writes the payload in place writes too, from what is then stored; None where
+        there is none. Others are forgotten, and the copy stays cached: it may be read once both are written."""
+        self.agreed = False
+        kept = [
+            (key, copy)
+            for key, copy in self._casts.items()
+            if key[2:] == (0, True) and copy.payload is not self.payload  # a kernel knows neither margin nor division
+        ][:1]
+        self._casts.clear()
+        self._casts.update(kept)
+        return kept[0][1] if kept else None
 
     def replace_(self, other: ScalingTensor) -> ScalingTensor:
         """Hold another's storage from now on: the only way to change format or blocks in place."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from msamp_like import kernels
-from msamp_like.kernels import AdamScalars, Noise, reference
+from msamp_like.kernels import AdamScalars, Noise, reference_updates
 from tests.gpu import NEEDS_GPU
-from tests.operands import STORED, adam_operands, bits
+from tests.operands import STORED, adam_operands, bits, row_of
 
 pytestmark = NEEDS_GPU
 
@@ -23,9 +23,9 @@ def test_adam_equals_the_reference(stored, shape, noise, poison):
     got = [t._replace(payload=t.payload.cuda(), scale_inv=t.scale_inv.cuda()) for t in expected]
     fused = stored != "one scale a tensor"
     for step in range(1, 4):
-        scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.1, decoupled=step != 2, step=step)
-        kernels.adam_step_(*got, scalars)
-        reference.adam_step_(*expected, scalars)
+        scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.1, decoupled=step != 2)
+        kernels.adam_steps_([row_of(got, step)], scalars)
+        reference_updates.adam_steps_([row_of(expected, step)], scalars)
     for a, b in zip(got, expected, strict=True):
         a_bits, b_bits = bits(a.payload.cpu()), bits(b.payload)
         if fused:
