@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from msamp_like import amp, kernels
+from msamp_like.amp import initialization
 from msamp_like.formats import BF16, E4M3, FP32
+from msamp_like.integrations.fsdp2_optimizer import check_rowwise
 from msamp_like.models.gpt import GPT, PRESETS
 from msamp_like.optim import AdamW, Muon, muon_groups
 from msamp_like.optim.muon import COEFFICIENTS, orthogonalize
@@ -183,6 +185,21 @@ def test_torchs_muon_is_taken_over_with_its_momentum_and_step_size():
     step(model, optimizer, draws[2])
     for p, q, w in zip(plain.parameters(), model.parameters(), before, strict=True):
         assert sqnr(p - w, optimizer.state[q]["master_weight"] - w) > 22
+
+
+# --- split matrices -------------------------------------------------------------------------------------------------
+
+
+def test_a_matrix_in_parts_is_refused_before_anything_is_changed(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    optimizer = Muon(model.parameters())
+    with pytest.raises(ValueError, match="got Muon, which needs whole matrices; use AdamW"):
+        check_rowwise(optimizer)
+    assert check_rowwise(AdamW(model.parameters())) is AdamW
+    monkeypatch.setattr(initialization, "_split_parameters", lambda model: list(model.parameters()))
+    with pytest.raises(ValueError, match=r"a Muon steps whole matrices, got '0.weight', which is split over ranks"):
+        amp.initialize(model, optimizer)
+    assert type(model[0].weight) is nn.Parameter
 
 
 # --- training -------------------------------------------------------------------------------------------------------

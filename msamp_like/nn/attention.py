@@ -1,9 +1,9 @@
 """Attention in FP8: a function of the signature of torch's, and a mode that puts it in torch's place.
 
-Queries, keys, values and the probabilities are E4M3, gradients as the policy has those of products; softmax, its sums
-and all accumulation are FP32. Every token of every head has a scale of its own, so a token that a query may not see
-changes no bit of what it gets: :mod:`msamp_like.kernels.attention` is the definition. What backward keeps is one byte
-an element of queries, keys and values, and the output.
+Queries, keys, values, probabilities and their gradients are E4M3; softmax, its sums and all accumulation are FP32.
+Every token of every head has a scale of its own, so a token that a query may not see changes no bit of what it gets:
+:mod:`msamp_like.kernels.attention` is the definition. What backward keeps is one byte an element of queries, keys and
+values, and the output.
 
 Two ways to it, both in the user's sight. A model calls :func:`scaled_dot_product_attention` of this module instead of
 torch's; or the training loop wraps its forward pass, as it does for autocast:
@@ -31,7 +31,7 @@ from torch.profiler import record_function
 from msamp_like import kernels
 from msamp_like.formats import E4M3, ROW, Format
 from msamp_like.kernels import Operand
-from msamp_like.policy import O2, Policy, Role
+from msamp_like.policy import O2, Policy
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,13 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    grad_format: Format = O2[Role.GRAD_OUTPUT].format,
+    grad_format: Format = E4M3,
 ) -> Tensor:
     """torch's function of this name, in FP8; query (B, H, T, D), key and value (B, H / G, S, D), G 1 unless
     ``enable_gqa``. Returns the autocast dtype where autocast is on, else the query's.
 
-    ``grad_format`` is that of dO and dS. Raises ValueError for a mask, dropout or shapes that are not defined here.
+    ``grad_format`` is that of dO and dS: E4M3, for with a scale a row it has the range, and keeps 3 dB more than E5M2
+    (``benchmarks/attention.py``). Raises ValueError for a mask, dropout or shapes that are not defined here.
     """
     reason = _unsupported(query, key, value, attn_mask, dropout_p, enable_gqa)
     if reason:
@@ -112,14 +113,16 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *stored, output, log_sum = ctx.saved_tensors
-        query, key, value = (Operand(payload, scale_inv, ROW) for payload, scale_inv in zip(stored[::2], stored[1::2]))
+        q, k, v = (Operand(stored[i], stored[i + 1], ROW) for i in (0, 2, 4))
         scale, causal, grad_format = ctx.settings
-        delta = (grad_output.float() * output.float()).sum(-1)
         with record_function("attention/quantize grad_output"):
             stored_grad = _stored(grad_output, grad_format)
+        # of the gradient as it is rounded, so that dO V^T and its mean have the same rounding in them: the dS of a row
+        # that looks at one key alone is 0, and not the difference of two roundings
+        delta = (kernels.dequantize(*stored_grad[:3], torch.float32) * output).sum(-1)
         with record_function("attention/grad_query, grad_key and grad_value"):
             grads = kernels.attention_backward(
-                query, key, value, stored_grad, log_sum, delta, scale, causal, grad_format, output.dtype
+                q, k, v, stored_grad, log_sum, delta, scale, causal, grad_format, output.dtype
             )
         return (*(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None, None, None)
 
@@ -133,10 +136,10 @@ class Fp8Attention(TorchFunctionMode):
     function in the model.
     """
 
-    def __init__(self, policy: Policy = O2) -> None:
+    def __init__(self, policy: Policy = O2, *, grad_format: Format = E4M3) -> None:
         super().__init__()
         self.fp8 = policy.fp8_products
-        self.grad_format = policy[Role.GRAD_OUTPUT].format
+        self.grad_format = grad_format
         self.taken = 0
         self.left = 0
         self._named: set[str] = set()
