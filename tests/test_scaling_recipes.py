@@ -74,7 +74,9 @@ def test_a_weight_that_is_half_of_its_master_keeps_its_one_scale():
         policy = LEAN.with_recipe(name)
         assert policy[Role.WEIGHT] == LEAN[Role.WEIGHT]
         assert policy[Role.INPUT].block != WHOLE
-    with pytest.raises(ValueError, match="residual has one scale, got e4m3, scale per row .*; leave its block out"):
+    with pytest.raises(
+        ValueError, match="residual's weight has one scale, got e4m3, scale per row .*; leave its block out"
+    ):
         LEAN.with_rule(Role.WEIGHT, Rule(format=E4M3, block=(1, -1)))
 
 
