@@ -80,10 +80,7 @@ class Rule:
                 "use history=0 with blocks"
             )
         if self.block == (1, 32) and not self.power_of_two:
-            raise ValueError(
-                "a block of 1x32 is an MX block, whose scale is a power of two, got power_of_two=False; use (1, 128), "
-                "or leave power_of_two as it is"
-            )
+            raise ValueError("1x32 is an MX block, scaled by a power of two, got power_of_two=False; use (1, 128)")
         for name, known in (("algorithm", ("max", "most_recent")), ("rounding", ("nearest", "stochastic", "auto"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
@@ -177,6 +174,8 @@ class Policy:
                 f"a residual is what a weight leaves of its master, got one for {role.value} where the parameter is "
                 f"the {self.parameter.value}; give it to master_weight with parameter=Role.WEIGHT, as level lean has it"
             )
+        if format == RESIDUAL and self.rules[Role.WEIGHT].block != WHOLE:
+            raise ValueError(f"a residual's weight has one scale, got {self.rules[Role.WEIGHT]}; leave its block out")
         if not format.signed and role is not Role.SECOND_MOMENT:
             raise ValueError(f"a {role.value} has a sign, got {format}, which stores none; use e4m3, say")
 
@@ -233,12 +232,12 @@ class Policy:
 
     def with_recipe(self, recipe: str) -> Policy:
         """With the operands of the products scaled as a named recipe has it, see :data:`RECIPES`; a role that has no
-        scale (level O0) stays as it is."""
+        scale (level O0) stays as it is, and so does a weight that is half of its master, which has one scale."""
         if recipe not in RECIPES:
             raise ValueError(f"a recipe must be one of {', '.join(RECIPES)}, got {recipe!r}{_nearest(recipe, RECIPES)}")
         rules = dict(self.rules)
         for role, block in zip(GEMM_ROLES, RECIPES[recipe].blocks, strict=True):
-            if rules[role].format.scaled:
+            if rules[role].format.scaled and (role, rules[Role.MASTER_WEIGHT].format) != (Role.WEIGHT, RESIDUAL):
                 history = 0 if role is Role.WEIGHT else RECIPES[recipe].history
                 rules[role] = replace(rules[role], block=block, history=history)
         if RECIPES[recipe].narrow_gradients and rules[Role.GRAD_OUTPUT].format.scaled:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from msamp_like import amp, kernels
 from msamp_like.formats import E4M3, E5M2, WHOLE
 from msamp_like.kernels import Operand, reference
-from msamp_like.policy import GEMM_ROLES, O0, O2, RECIPES, Role, Rule
+from msamp_like.policy import GEMM_ROLES, LEAN, O0, O2, RECIPES, Role, Rule
 from tests.closeness import same_bits, sqnr
 
 BLOCKED = [name for name, recipe in RECIPES.items() if recipe.blocks[0] != WHOLE]
@@ -66,6 +66,18 @@ def test_blocks_are_those_of_the_papers():
         assert policy[Role.MASTER_WEIGHT] == O2[Role.MASTER_WEIGHT]
         assert O0.with_recipe(name) == O0
         assert O2.fnuz().with_recipe(name)[Role.GRAD_OUTPUT].format.name == "e4m3fnuz"
+
+
+def test_a_weight_that_is_half_of_its_master_keeps_its_one_scale():
+    """And needs no second copy: one scale serves every product."""
+    for name in BLOCKED:
+        policy = LEAN.with_recipe(name)
+        assert policy[Role.WEIGHT] == LEAN[Role.WEIGHT]
+        assert policy[Role.INPUT].block != WHOLE
+    with pytest.raises(
+        ValueError, match="residual's weight has one scale, got e4m3, scale per row .*; leave its block out"
+    ):
+        LEAN.with_rule(Role.WEIGHT, Rule(format=E4M3, block=(1, -1)))
 
 
 def test_a_scale_of_an_mx_block_is_a_power_of_two():
@@ -195,7 +207,7 @@ def train(model: nn.Module, optimizer, steps: range, forward=None) -> list[float
 
 
 @pytest.mark.parametrize("recipe", BLOCKED)
-@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("level", ["O1", "O2", "O3", "lean"])
 def test_training_lowers_the_loss_as_fp32_does(level, recipe):
     """To within a twentieth of what FP32 gains, over 40 steps."""
     plain = network()
