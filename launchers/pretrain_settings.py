@@ -51,7 +51,7 @@ class Settings(Configurable):
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors.
     weight_decay: float = 0.1  # Decoupled decay, of matrices alone.
     clip: float = 1.0  # Largest norm of the gradient.
-    gradient_release: bool = False  # Step each parameter in backward, free its gradient; clip by the latest norms.
+    gradient_release: bool = False  # Step each parameter in backward, free its gradient; clip by expected norms.
     seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
 
     recipe: Literal["", "delayed", "current", "rowwise", "blockwise", "mxfp8"] = ""  # Scales (empty: the level's own).

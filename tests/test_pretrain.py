@@ -124,6 +124,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
             "--tensor-parallel 4 --num-heads 4 --sequence-parallel --context 30",
             "divides by the ranks of a model, got 30 tokens for --tensor-parallel 4; give another --context",
         ),
+        ("--gradient-release --micro-batches 2", "frees a gradient .* got --micro-batches 2; take one micro-batch"),
         ("--tensor-parallel 2 --batch-size 6", "times data-parallel ranks, got 6 for 1 times 4; give a multiple of 4"),
     ],
 )

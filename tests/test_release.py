@@ -93,24 +93,30 @@ def test_gradients_never_exist_together(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_clipping_by_the_latest_norm_of_each_gradient(level):
-    """Of this backward where it is there, of the step before where it is to come."""
+def test_clipping_by_the_joint_norm_that_is_to_be_expected(level):
+    """Of this backward where it is there, of the step before, grown alike, where it is to come."""
     model, stepper, _ = initialized(level, GradientRelease(max_norm=1e-3), torch.optim.SGD)
     twin, kept, _ = initialized(level, False, torch.optim.SGD)
-    order, latest = [], {}
+    order, before = [], {}
     for index, parameter in enumerate(twin.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda _, index=index: order.append(index))
     for step in range(3):
         train(model, stepper, 1, first=step)
         (twin(batch(step)) - batch(step + 1000)).square().mean().backward()
         parameters = list(twin.parameters())
+        here = {}
         for index in order[-len(parameters) :]:
-            latest[index] = torch.linalg.vector_norm(real(parameters[index].grad)).double().square()
-            joint = sum(latest.values()).sqrt()
+            here[index] = torch.linalg.vector_norm(real(parameters[index].grad)).double().square()
+            joint = sum(here.values()) * len(parameters) / len(here)
+            if before:
+                growth = sum(here.values()) / sum(before[i] for i in here)
+                joint = sum(here.values()) + sum(v for i, v in before.items() if i not in here) * growth.clamp(0.25, 4)
+            joint = joint.maximum(here[index]).sqrt()
             parameters[index].grad.mul_((1e-3 / (joint + 1e-6)).clamp(max=1.0).float())
+        before = here
         kept.step()
         kept.zero_grad()
-        torch.testing.assert_close(stepper.released.norm, sum(latest.values()).sqrt().float())
+        torch.testing.assert_close(stepper.released.norm, sum(before.values()).sqrt().float())
     for found, expected in zip(bits_of(model), bits_of(twin), strict=True):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)  # the sums differ in their order
 
@@ -170,7 +176,7 @@ def test_what_cannot_be_is_refused_with_a_remedy():
         model.no_sync()
     with pytest.raises(RuntimeError, match="got clip_grad_norm_ with gradient_release.*initialize with"):
         amp.clip_grad_norm_(model, 1.0)
-    with pytest.raises(ValueError, match="norm to clip by must be one of latest, parameter, got 'global'"):
+    with pytest.raises(ValueError, match="norm to clip by must be one of expected, parameter, got 'global'"):
         GradientRelease(max_norm=1.0, norm="global")
     with pytest.raises(ValueError, match="max_norm must be positive.*got -1"):
         GradientRelease(max_norm=-1)

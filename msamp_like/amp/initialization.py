@@ -79,7 +79,7 @@ def initialize(
 
     With ``gradient_release`` a parameter is stepped in backward and its gradient freed at once, so that they never
     exist together; ``optimizer.step()`` then only closes the step. Clipping is asked for there, as in
-    ``GradientRelease(max_norm=1.0)``, by the norm as far as it is known; a gradient that is not finite counts as
+    ``GradientRelease(max_norm=1.0)``, by the joint norm that is to be expected; a gradient that is not finite counts as
     zero for its parameter instead of skipping the step; the learning rate is the one at backward; several backwards a
     step are refused (:mod:`msamp_like.optim.release`).
 
