@@ -240,7 +240,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     def _copy_of(self, param: Tensor) -> Operand | None:
         """A parameter that is made from its master each step, as kernels write it; None where ``copy_`` must."""
         if isinstance(param, ScalingTensor):
-            param.cast_to_update()
+            param.agreed = False
+            param.drop_casts()  # a kernel writes the weight itself and no copy in yet another format
             return param.operand
         if param.dtype not in (torch.bfloat16, torch.float32) or not param.is_contiguous():
             return None
