@@ -150,6 +150,7 @@ def convert(model: GPT, config: GPTConfig, settings: Settings, ranks: Ranks) -> 
         mesh=ranks.mesh,
         zero_stage=settings.zero_stage if settings.zero_stage >= 0 else None,
         gradient_release=GradientRelease(max_norm=settings.clip) if settings.gradient_release else False,
+        offload=settings.offload or None,
         seed=settings.seed,
     )
 
@@ -188,7 +189,7 @@ def train_step(job: Job, forward: Callable[..., Any], step: int) -> dict[str, An
         loss += micro_loss.detach() / micro_batches
     norm = None if job.settings.gradient_release else amp.clip_grad_norm_(model, job.settings.clip)
     optimizer.step()
-    norm = optimizer.released.norm if norm is None else norm
+    norm = (optimizer.released.norm if norm is None else norm).to(loss.device)
     mean_loss, grad_norm = torch.stack((ranks.sum_(loss) / ranks.data_world, norm)).tolist()  # the step's one wait
     elapsed_s = time.perf_counter() - started
     return {

@@ -52,6 +52,7 @@ class Settings(Configurable):
     weight_decay: float = 0.1  # Decoupled decay, of matrices alone.
     clip: float = 1.0  # Largest norm of the gradient.
     gradient_release: bool = False  # Step each parameter in backward, free its gradient; clip by expected norms.
+    offload: Literal["", "cpu"] = ""  # Keep the states and the update of matrices on the host, in "cpu" memory.
     seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
 
     recipe: Literal["", "delayed", "current", "rowwise", "blockwise", "mxfp8"] = ""  # Scales (empty: the level's own).
@@ -93,6 +94,10 @@ def check(settings: Settings, world: int) -> None:
         raise ValueError(
             f"--gradient-release frees a gradient in the backward that made it, got --micro-batches {s.micro_batches}; "
             "take one micro-batch a step, or leave it out"
+        )
+    if s.offload and s.gradient_release:
+        raise ValueError(
+            "--offload steps once all gradients are known, got it with --gradient-release; leave one of them out"
         )
     check_split(s, world)
     models = world // s.tensor_parallel

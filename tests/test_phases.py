@@ -53,6 +53,17 @@ def histories(model: nn.Module) -> list[Tensor]:
     return [t.clone() for gemm in gemms for s in (gemm.input, gemm.grad_output) for t in (s.history, s.scale_bits)]
 
 
+@pytest.mark.parametrize("level", ["O2", "O3", "lean"])
+def test_products_of_a_phase_read_the_weight_that_was_stepped(level):
+    """Where the parameter is the weight itself too, of which BF16 products read a copy."""
+    model, optimizer = initialized(level)
+    amp.set_precision(model, "bf16")
+    train(model, optimizer, range(2))
+    x = torch.randn(8, 16)
+    expected = x.bfloat16().float() @ model[0].weight.dequantize().bfloat16().float().t() + model[0].bias
+    assert sqnr(expected, model[0](x)) > 120
+
+
 def test_products_are_bf16_and_everything_else_stays():
     model, optimizer = initialized()
     train(model, optimizer, range(6))

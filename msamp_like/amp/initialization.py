@@ -25,6 +25,7 @@ from msamp_like.nn import conversion
 from msamp_like.nn.saved_activations import SavedActivations
 from msamp_like.nn.saved_activations import check_rule as check_saved
 from msamp_like.optim import GradientRelease, LowPrecisionOptimizer, check, from_torch
+from msamp_like.optim.offload import Offloaded, holding_weights
 from msamp_like.policy import Policy, Role
 from msamp_like.scaling import Scaler, roll
 from msamp_like.tensor import ScalingTensor
@@ -52,6 +53,7 @@ def initialize(
     ranks_per_node: int | None = None,
     bucket_bytes: int | None = None,
     gradient_release: bool | GradientRelease = False,
+    offload: str | None = None,
     seed: int = 0,
 ) -> tuple[Model, Any]:
     """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
@@ -83,6 +85,13 @@ def initialize(
     zero for its parameter instead of skipping the step; the learning rate is the one at backward; several backwards a
     step are refused (:mod:`msamp_like.optim.release`).
 
+    With ``offload="cpu"`` the optimizer's states, masters and update of matrices are on the host; FP8 gradients go down
+    as soon as they are complete and FP8 weights come up as soon as they are stepped (:mod:`msamp_like.optim.offload`).
+    The parameter then holds the weight that products read, whatever the level: at O1 and O2 its FP16 master is the
+    optimizer's, on the host, where as elsewhere it is the parameter. A gradient that is complete is no longer in
+    ``.grad``: clip with ``amp.clip_grad_norm_(model, ...)``, run all micro-batches of a step but the last in
+    ``model.no_sync()``; a step uses gradients up.
+
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
     override or mesh axis, ranks that do not fill their nodes, a model that is converted already or has nothing to
     convert, an optimizer that cannot be mapped or holds parameters that are not the model's, and a parameter in two
@@ -94,6 +103,7 @@ def initialize(
     policy = policy.with_saved_activations(saved_activations) if saved_activations is not None else policy
     check_saved(policy[Role.SAVED_ACTIVATION])
     policy = replace(policy, zero_stage=zero_stage) if zero_stage is not None else policy
+    policy = holding_weights(policy) if offload is not None else policy
     several = isinstance(optimizer, Sequence)
     sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     _check(model, sources, overrides or {})
@@ -102,11 +112,13 @@ def initialize(
     release = GradientRelease() if gradient_release is True else gradient_release or None
     if release is not None:
         _check_release(axes, policy)
+    if offload is not None:
+        _check_offload(offload, axes, policy, released=release is not None, optimizers=len(sources))
     if ranks_per_node is not None:
         check_nodes(ranks_per_node, axes.data.world if axes.data is not None else 1)
 
     settings: dict[str, Any] = {"ranks_per_node": ranks_per_node, "bucket_bytes": bucket_bytes, "seed": seed}
-    settings["gradient_release"] = str(release)
+    settings.update(gradient_release=str(release), offload=str(offload))
     _agree(axes, policy, settings, next((p.device for p in model.parameters()), torch.device("cpu")))
     if ranks_per_node is not None and axes.data is not None:
         axes.data = two_level(ranks_per_node, axes.data.group, axes.data.axis)
@@ -121,8 +133,10 @@ def initialize(
         wiring.save_activations(model, SavedActivations(policy[Role.SAVED_ACTIVATION]))
     wiring.round_gradients(originals, scattered=_split_parameters(model))
     _reduce_together(model, wiring, bucket_bytes)
-    optimizers = [_optimizer(source, wiring, originals, seed, overlap_forward) for source in sources]
+    wired = {"overlap_forward": overlap_forward, "offload": offload is not None}
+    optimizers = [_optimizer(source, wiring, originals, seed, **wired) for source in sources]
     _roll_with(model, optimizers, wiring)
+    _offload(optimizers, wiring)
     if release is not None:
         _release(optimizers, wiring, release)
     axes.end_step()  # what made the ranks alike is no part of the first step
@@ -207,22 +221,59 @@ def _optimizer(
     wiring: Wiring,
     originals: Mapping[Tensor, Tensor],
     seed: int,
+    *,
     overlap_forward: bool,
+    offload: bool,
 ) -> LowPrecisionOptimizer:
     parameters = [p for group in source.param_groups for p in group["params"]]
     placement = None
     if isinstance(wiring.reducer, Zero):
         placement = OwnedWeights(parameters, wiring.reducer, overlap_forward=overlap_forward)
-    made = from_torch(source, wiring.policy, originals, seed, placement)
+    made = from_torch(source, wiring.policy, originals, seed, placement, offload=offload)
     wiring.placements.append(placement)
     if wiring.norms is not None:
         made.agree_max = wiring.axes.agree_max
     return made
 
 
-def _check_release(axes: Axes, policy: Policy) -> None:
+def _shared_out(axes: Axes, policy: Policy) -> list[str]:
+    """What has a rank step a part of the parameters alone."""
     split = [name for name, group in (("tp", axes.tensor), ("pp", axes.pipeline)) if group is not None]
-    split += ["zero_stage"] if policy.zero_stage and axes.data is not None else []
+    return split + (["zero_stage"] if policy.zero_stage and axes.data is not None else [])
+
+
+def _check_offload(offload: str, axes: Axes, policy: Policy, *, released: bool, optimizers: int) -> None:
+    if offload != "cpu":
+        raise ValueError(f'states are offloaded to the "cpu", got offload={offload!r}; give "cpu", or None for none')
+    if released:
+        raise ValueError(
+            "an offloaded parameter is stepped once all gradients are known, got gradient_release beside offload, "
+            "which steps in backward; leave gradient_release out: offloaded gradients are freed all the same"
+        )
+    if not optimizers:
+        raise ValueError(
+            "offload moves what an optimizer keeps, got no optimizer; give one, or for shards under fully_shard "
+            "cpu_offload of msamp_like.integrations.fsdp2"
+        )
+    split = _shared_out(axes, policy)
+    if split:
+        raise ValueError(
+            "offloaded parameters are stepped by one process, or by data-parallel ranks that all step every parameter, "
+            f"got {' and '.join(split)}; leave offload out, or give zero_stage=0 and no tp or pp axis"
+        )
+
+
+def _offload(optimizers: Sequence[LowPrecisionOptimizer], wiring: Wiring) -> None:
+    """Have each gradient go down when it is there: from backward, or from the reducer that has its mean."""
+    wiring.homes = homes = [o.home for o in optimizers if isinstance(o.home, Offloaded)]
+    if homes and wiring.reducer is not None:
+        wiring.reducer.on_mean = lambda parameter: [home.take(parameter) for home in homes]
+    else:
+        wiring.removable += [handle for home in homes for handle in home.hooks()]
+
+
+def _check_release(axes: Axes, policy: Policy) -> None:
+    split = _shared_out(axes, policy)
     if split:
         raise ValueError(
             "gradients are released by one process, or by data-parallel ranks that all step every parameter, got "

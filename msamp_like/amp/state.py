@@ -33,7 +33,10 @@ def clip_grad_norm_(model: nn.Module | Tensor | Iterable[Tensor], max_norm: floa
             "gradients are clipped while they exist, got clip_grad_norm_ with gradient_release, which has freed them; "
             "initialize with gradient_release=GradientRelease(max_norm=...) of msamp_like.optim"
         )
-    return clip_grad.clip_grad_norm_(model.parameters(), max_norm, norm_type, reduction=wiring_of(model).norms)
+    wiring = wiring_of(model)
+    for home in wiring.homes:
+        home.collect()
+    return clip_grad.clip_grad_norm_(wiring.stepped(model.parameters()), max_norm, norm_type, reduction=wiring.norms)
 
 
 def set_precision(model: nn.Module, precision: str) -> None:
@@ -142,11 +145,17 @@ def fp8_report(model: nn.Module) -> Report:
 
 
 def state_bytes(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer states by role, measured on the tensors that exist now."""
+    """Bytes of weights, gradients and optimizer states by role, measured on the tensors that exist now.
+
+    With ``offload`` what is on the host is apart, as ``host_weight``, ``host_grad_weight`` and so on: states, and the
+    buffers that weights leave from and gradients land in.
+    """
     optimizers = _listed(optimizer)
     states = [(p, s) for o in optimizers for p, s in o.state.items()]
     roles = {name: role for o in optimizers for name, role in o.roles.items()}
-    return memory.state_bytes(model, states, roles, wiring_of(model).policy.parameter)
+    wiring = wiring_of(model)
+    sides = {id(p): side for home in wiring.homes for p, side in home.sides()}
+    return memory.state_bytes(model, states, roles, wiring.policy.parameter, sides if wiring.homes else None)
 
 
 def wire_bytes(model: nn.Module) -> dict[str, int] | None:
