@@ -173,6 +173,12 @@ class Policy:
         """The rule of what a matrix parameter holds."""
         return self[self.parameter]
 
+    def master(self, weight: Format) -> Rule:
+        """The rule of the master of a weight of this format: a residual needs an 8-bit weight above it; any other has
+        its master in one part, as at O2."""
+        rule = self[Role.MASTER_WEIGHT]
+        return O2[Role.MASTER_WEIGHT] if rule.format == RESIDUAL and weight.bytes > 1 else rule
+
     @property
     def fp8_products(self) -> bool:
         """Whether the GEMMs read FP8 operands."""

@@ -295,12 +295,14 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def _in_two_parts(self, param: Tensor) -> bool:
         """Whether the parameter is the upper half of its master, and the state ``master_weight`` the lower."""
-        return isinstance(param, ScalingTensor) and self.policy[Role.MASTER_WEIGHT].format == RESIDUAL
+        return isinstance(param, ScalingTensor) and self.policy.master(param.format).format == RESIDUAL
 
     def stored(self, param: Tensor, value: Tensor, role: Role) -> Tensor:
         """A state of ``param`` as it is kept: per the policy for a converted matrix, plain FP32 for anything else."""
-        rule: Rule = self.policy[role]
-        if not isinstance(param, ScalingTensor) or not (rule.format.scaled or rule.format.bytes < 4):
+        if not isinstance(param, ScalingTensor):
+            return value.detach().float().clone()
+        rule: Rule = self.policy.master(param.format) if role is Role.MASTER_WEIGHT else self.policy[role]
+        if not (rule.format.scaled or rule.format.bytes < 4):
             return value.detach().float().clone()
         return quantize(value.detach().float(), rule)
 
