@@ -8,7 +8,8 @@ gradient. Scales are counted: one FP32 a block of 128, or a tensor. With gradien
 was alive at once, divided by all parameters: the more layers, the less.
 
 ``every matrix`` has the embedding and the head too, whose product is BF16: a copy of two bytes where the master is
-FP16, and a weight of two bytes where the parameter is the weight. The plain parameters (norms) are reported beside.
+FP16, and a weight of two bytes with a master of its own where the parameter is the weight. The plain parameters (norms)
+are reported beside.
 """
 
 from __future__ import annotations

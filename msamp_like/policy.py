@@ -190,6 +190,12 @@ class Policy:
         """The rule of what a matrix parameter holds."""
         return self[self.parameter]
 
+    def master(self, weight: Format) -> Rule:
+        """The rule of the master of a weight of this format: a residual needs an 8-bit weight above it; any other has
+        its master in one part, as at O2."""
+        rule = self[Role.MASTER_WEIGHT]
+        return O2[Role.MASTER_WEIGHT] if rule.format == RESIDUAL and weight.bytes > 1 else rule
+
     @property
     def fp8_products(self) -> bool:
         """Whether the GEMMs read FP8 operands."""
@@ -356,8 +362,8 @@ LEAN = replace(
 )
 """O2 in five bytes: the E4M3 weight that products read is the upper half of its own master, both moments have 8 bits.
 
-The second moment has a format without a sign: of the 8-bit ones that convert in one instruction it alone loses no small
-value to zero, where it divides (docs/results/moments.json)."""
+The second moment has a format without a sign, whose bit goes to the range: E4M3 loses small values to zero, and there
+they divide (docs/explanation/numerics.md, python -m benchmarks.moments)."""
 
 LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2, O3, LEAN)})
 

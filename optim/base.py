@@ -300,7 +300,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def _in_two_parts(self, param: Tensor) -> bool:
         """Whether the parameter is the upper half of its master, and the state ``master_weight`` the lower."""
-        return isinstance(param, ScalingTensor) and self.policy[Role.MASTER_WEIGHT].format == RESIDUAL
+        return isinstance(param, ScalingTensor) and self.policy.master(param.format).format == RESIDUAL
 
     def _in_halves(self, param: Tensor, write: Callable[[ScalingTensor], State]) -> State:
         """The states that ``write`` makes of a weight, which it may change."""
@@ -310,11 +310,13 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def stored(self, param: Tensor, value: Tensor, role: Role) -> Tensor:
         """A state of ``param`` as it is kept: per the policy for a converted matrix, plain FP32 for anything else."""
-        rule: Rule = self.policy[role]
-        value = value.to(self.home.device(param))
-        if not isinstance(param, ScalingTensor) or not (rule.format.scaled or rule.format.bytes < 4):
-            return value.detach().float().clone()
-        return quantize(value.detach().float(), rule)
+        value = value.detach().float().to(self.home.device(param))
+        if not isinstance(param, ScalingTensor):
+            return value.clone()
+        rule: Rule = self.policy.master(param.format) if role is Role.MASTER_WEIGHT else self.policy[role]
+        if not (rule.format.scaled or rule.format.bytes < 4):
+            return value.clone()
+        return quantize(value, rule)
 
     def adopt(
         self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None, group: Group | None = None
