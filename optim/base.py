@@ -84,9 +84,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.released = Released(settings, [p for p, _ in pairs], self._finiteness, update)
         return self.released
 
-    def offload(self) -> Offloaded:
+    def offload(self, *, overlap_forward: bool = False) -> Offloaded:
         """Keep matrices' states and masters on the host, and step them there, from now on; see :mod:`.offload`."""
-        self.home = offloaded = Offloaded([p for p, _ in self._parameters()], self._finiteness)
+        parameters = [p for p, _ in self._parameters()]
+        self.home = offloaded = Offloaded(parameters, self._finiteness, overlap_forward=overlap_forward)
         self.place(offloaded)
         return offloaded
 

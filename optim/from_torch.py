@@ -51,6 +51,7 @@ def from_torch(
     placement: Placement | None = None,
     *,
     offload: bool = False,
+    overlap_forward: bool = False,
 ) -> LowPrecisionOptimizer:
     """Ours in place of ``optimizer``, with the very same group dicts: a scheduler that holds the old one drives ours.
 
@@ -63,7 +64,7 @@ def from_torch(
     if placement is not None:
         made.place(placement)
     if offload:
-        made.offload()
+        made.offload(overlap_forward=overlap_forward)
     for group in made.param_groups:
         for param in group["params"]:
             states: Mapping[str, Any] = optimizer.state.get(param, {})

@@ -174,11 +174,16 @@ class Offloaded(Home):
     the gradient is: asking for the decision to skip does not wait for the bytes. A host buffer that is being copied
     from or to says so by its ``arrival``, as a weight does on the device, so whoever comes first waits.
 
-    While ``holding``, gradients stay on the device and add up.
+    A step ends with the device told to wait for the last weights, which keeps nobody on the host; with
+    ``overlap_forward`` whoever reads a weight waits for that one. While ``holding``, gradients stay on the device and
+    add up.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], prepare: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], prepare: Callable[[Tensor], Tensor], *, overlap_forward: bool = False
+    ) -> None:
         self.holding = False
+        self.overlap_forward = overlap_forward
         self.lanes: dict[torch.device, Lanes] = {}
         self._parameters = parameters
         self._ids = {id(p) for p in parameters}
@@ -262,9 +267,14 @@ class Offloaded(Home):
         """See :class:`Home`."""
         return HOST if isinstance(parameter, ScalingTensor) else parameter.device
 
-    @torch.no_grad()
     def send(self, parameter: Tensor) -> None:
-        """See :class:`Home`: the bytes go up; the parameter, and the twin's next writer, wait for them."""
+        """See :class:`Home`."""
+        self._raise(parameter)
+        self.finish()
+
+    @torch.no_grad()
+    def _raise(self, parameter: Tensor) -> None:
+        """The bytes go up; the parameter, and the twin's next writer, wait for them."""
         side = self._sides.get(id(parameter))
         if side is None or not isinstance(parameter, ScalingTensor):
             return
@@ -288,11 +298,14 @@ class Offloaded(Home):
         parameter = self._parameters[position]
         side = self._sides.get(id(parameter))
         if side is not None and side.twin.grad is not None:
-            self.send(parameter)
+            self._raise(parameter)
             side.twin.grad = side.finiteness = None
 
     def finish(self) -> None:
-        """Nothing is left to do: whoever reads a weight waits for it."""
+        """What the device is given from now on comes after all new weights, or waits where it reads one."""
+        for parameter in () if self.overlap_forward else self._parameters:
+            if isinstance(parameter, ScalingTensor):
+                parameter.await_arrival()
 
     # --- for the caller ---------------------------------------------------------------------------------------------
 

@@ -85,14 +85,20 @@ def groups_of(model):
     return [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 5e-3}]
 
 
-def initialized(optimizer="AdamW", level="O2", offload="cpu", late=True, **options):
+def initialized(optimizer="AdamW", level="O2", offload="cpu", overlap_forward=True, **options):
     """(model, optimizer) with offload, or under the very same policy without."""
     model = network()
     policy = LEVELS[level] if offload else holding_weights(LEVELS[level])
     model, stepper = amp.initialize(
-        model, OPTIMIZERS[optimizer](groups_of(model)), level=policy, data_parallel=False, offload=offload, **options
+        model,
+        OPTIMIZERS[optimizer](groups_of(model)),
+        level=policy,
+        data_parallel=False,
+        offload=offload,
+        overlap_forward=overlap_forward,
+        **options,
     )
-    if offload and late:
+    if offload:
         stepper.home.lanes[HOST] = Lanes(LateLane(), LateLane())
     return model, stepper
 
@@ -310,6 +316,18 @@ def test_a_gradient_that_is_not_finite_skips_the_step(poison):
     assert [v for _, v in now[1] if isinstance(v, int)] == [v for _, v in saved[1] if isinstance(v, int)]
     train(model, stepper, 1)
     assert not all(map(same_bits, stored(model, stepper)[0], saved[0]))
+
+
+@pytest.mark.parametrize("overlap_forward", [False, True])
+def test_a_compiled_model_reads_what_has_arrived(overlap_forward):
+    """A graph reads plain tensors and waits for nothing: a step must not end before the device has been told to.
+    Control: with overlap_forward it does, and the graph reads stale weights."""
+    found = []
+    for offload in ("cpu", None):
+        model, stepper = initialized(offload=offload, overlap_forward=overlap_forward)
+        train(torch.compile(model, backend="aot_eager"), stepper, 3)
+        found.append((model, stepper))
+    assert same(*found) != overlap_forward
 
 
 @pytest.mark.parametrize("level", ["O2", "lean"])

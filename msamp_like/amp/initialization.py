@@ -90,7 +90,8 @@ def initialize(
     The parameter then holds the weight that products read, whatever the level: at O1 and O2 its FP16 master is the
     optimizer's, on the host, where as elsewhere it is the parameter. A gradient that is complete is no longer in
     ``.grad``: clip with ``amp.clip_grad_norm_(model, ...)``, run all micro-batches of a step but the last in
-    ``model.no_sync()``; a step uses gradients up.
+    ``model.no_sync()``; a step uses gradients up. ``overlap_forward`` holds here too, but not under ``torch.compile``,
+    whose graphs wait for no weight.
 
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
     override or mesh axis, ranks that do not fill their nodes, a model that is converted already or has nothing to
@@ -229,7 +230,9 @@ def _optimizer(
     placement = None
     if isinstance(wiring.reducer, Zero):
         placement = OwnedWeights(parameters, wiring.reducer, overlap_forward=overlap_forward)
-    made = from_torch(source, wiring.policy, originals, seed, placement, offload=offload)
+    made = from_torch(
+        source, wiring.policy, originals, seed, placement, offload=offload, overlap_forward=overlap_forward
+    )
     wiring.placements.append(placement)
     if wiring.norms is not None:
         made.agree_max = wiring.axes.agree_max
