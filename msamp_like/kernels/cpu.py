@@ -23,7 +23,7 @@ from msamp_like.formats import FP8_DTYPES, Block, Format, block_extent, format_o
 from msamp_like.kernels import reference
 from msamp_like.kernels.reference import Noise, Operand
 
-_TYPES = {  # the order of enum Type in cpu.cpp
+TYPES = {  # the order of enum Type in cpu.cpp
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
@@ -56,7 +56,7 @@ class _Native:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         shape, how = (size, size, size, size), (integer, integer)
-        signatures = {
+        signatures: dict[str, tuple[type, ...]] = {
             "msamp_amax": (pointer, integer, pointer, *shape, *how),
             "msamp_scale_inv": (pointer, pointer, size, integer, integer, integer),
             "msamp_powers_of_two": (pointer, size),
@@ -66,6 +66,7 @@ class _Native:
                 *(*shape, *how),
             ),
             "msamp_dequantize": (pointer, integer, pointer, pointer, integer, *shape, *how),
+            "msamp_adam": (pointer, size, pointer, *how),
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -77,6 +78,7 @@ class _Native:
         self.quantize = library.msamp_quantize
         self.quantize_current = library.msamp_quantize_current
         self.dequantize = library.msamp_dequantize
+        self.adam = library.msamp_adam
         self.simd: int = library.msamp_simd()
 
 
@@ -117,7 +119,7 @@ def _openmp_runtimes() -> list[str]:
     return loaded[:1] or beside_torch[:1] or ([system] if system else [])
 
 
-def _native() -> _Native:
+def native() -> _Native:
     native, reason = _load()
     if native is None:
         raise RuntimeError(f"the native kernels are not loaded: {reason}; call kernels.reference instead")
@@ -139,7 +141,7 @@ def _has_fast_path(x: Tensor) -> bool:
     return x.dtype in _REAL_DTYPES and x.numel() > 0
 
 
-def _scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
+def checked_scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
     """``scale_inv`` as the library reads it: FP32, contiguous, one entry a block."""
     if scale_inv.shape != grid_shape(shape, block) or scale_inv.dtype != torch.float32:
         raise ValueError(
@@ -153,9 +155,9 @@ def amax(x: Tensor, block: Block) -> Tensor:
     """See :func:`.reference.amax`."""
     if not _has_fast_path(x):
         return reference.amax(x, block)
-    native, x = _native(), x.contiguous()
+    library, x = native(), x.contiguous()
     largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
-    native.amax(x.data_ptr(), _TYPES[x.dtype], largest.data_ptr(), *_geometry(x.shape, block), native.simd, _threads())
+    library.amax(x.data_ptr(), TYPES[x.dtype], largest.data_ptr(), *_geometry(x.shape, block), library.simd, threads())
     return largest
 
 
@@ -165,7 +167,7 @@ def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_
         return reference.scale_inv_from_amax(amax, format, margin, power_of_two)
     amax = amax.contiguous()
     scale_inv = torch.empty_like(amax)
-    _native().scale_inv(amax.data_ptr(), scale_inv.data_ptr(), amax.numel(), _TYPES[format.dtype], margin, power_of_two)
+    native().scale_inv(amax.data_ptr(), scale_inv.data_ptr(), amax.numel(), TYPES[format.dtype], margin, power_of_two)
     return scale_inv
 
 
@@ -197,11 +199,11 @@ def quantize_into(
     largest: Tensor | None = None,
 ) -> None:
     """:func:`quantize` FP32, BF16 or FP16 into memory at hand; ``largest``, without noise, takes the amaxes."""
-    native, x, scale_inv = _native(), x.contiguous(), _scales(scale_inv, x.shape, block)
-    native.quantize(
-        *(x.data_ptr(), _TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), _TYPES[payload.dtype]),
+    library, x, scale_inv = native(), x.contiguous(), checked_scales(scale_inv, x.shape, block)
+    library.quantize(
+        *(x.data_ptr(), TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), TYPES[payload.dtype]),
         *(None if largest is None else largest.data_ptr(), _address(_noise(noise))),
-        *(*_geometry(x.shape, block), native.simd, _threads()),
+        *(*_geometry(x.shape, block), library.simd, threads()),
     )
 
 
@@ -220,7 +222,7 @@ def store_(target: Operand, value: Tensor) -> None:
     """See :func:`.reference.store_`; writes in place."""
     if not _has_fast_path(value) or not (target.payload.is_contiguous() and target.scale_inv.is_contiguous()):
         return reference.store_(target, value)
-    _scales(target.scale_inv, value.shape, target.block)
+    checked_scales(target.scale_inv, value.shape, target.block)
     format = format_of(target.payload.dtype)
     _quantize_current(target.payload, target.scale_inv, target.block, target.noise, value, format, 0, True)
     return None
@@ -236,12 +238,12 @@ def _quantize_current(
     margin: int,
     power_of_two: bool,
 ) -> Tensor:
-    native, x = _native(), x.contiguous()
+    library, x = native(), x.contiguous()
     largest = torch.empty_like(scale_inv)
-    native.quantize_current(
-        *(x.data_ptr(), _TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), _TYPES[format.dtype]),
+    library.quantize_current(
+        *(x.data_ptr(), TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), TYPES[format.dtype]),
         *(largest.data_ptr(), _address(_noise(noise)), margin, power_of_two),
-        *(*_geometry(x.shape, block), native.simd, _threads()),
+        *(*_geometry(x.shape, block), library.simd, threads()),
     )
     return largest
 
@@ -257,10 +259,10 @@ def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dt
 
 def dequantize_into(real: Tensor, payload: Tensor, scale_inv: Tensor, block: Block) -> None:
     """:func:`dequantize` into memory at hand, to its dtype: FP32, BF16 or FP16."""
-    native, payload, scale_inv = _native(), payload.contiguous(), _scales(scale_inv, payload.shape, block)
-    native.dequantize(
-        *(payload.data_ptr(), _TYPES[payload.dtype], scale_inv.data_ptr(), real.data_ptr(), _TYPES[real.dtype]),
-        *(*_geometry(payload.shape, block), native.simd, _threads()),
+    library, payload, scale_inv = native(), payload.contiguous(), checked_scales(scale_inv, payload.shape, block)
+    library.dequantize(
+        *(payload.data_ptr(), TYPES[payload.dtype], scale_inv.data_ptr(), real.data_ptr(), TYPES[real.dtype]),
+        *(*_geometry(payload.shape, block), library.simd, threads()),
     )
 
 
@@ -268,7 +270,7 @@ def _address(noise: _Noise | None) -> ctypes.c_void_p | None:
     return None if noise is None else ctypes.cast(ctypes.pointer(noise), ctypes.c_void_p)
 
 
-def _threads() -> int:
+def threads() -> int:
     return torch.get_num_threads()
 
 
@@ -298,7 +300,7 @@ def _read(operand: Operand, dtype: torch.dtype) -> Tensor:
 def _exact_in_bf16(operand: Operand) -> bool:
     scale_inv = operand.scale_inv.contiguous()
     return operand.payload.dtype in (*FP8_DTYPES, torch.bfloat16) and bool(
-        _native().powers_of_two(scale_inv.data_ptr(), scale_inv.numel())
+        native().powers_of_two(scale_inv.data_ptr(), scale_inv.numel())
     )
 
 
