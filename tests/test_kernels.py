@@ -36,10 +36,10 @@ NOISE = Noise(seed=2**40 + 5, tensor=6, step=7, role=8)
 OTHER = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "fp16": np.float16}
 
 
-@pytest.fixture(params=range(cpu._native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
+@pytest.fixture(params=range(cpu.native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
 def every_simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each instruction set the processor has, though only the best one is used outside the tests."""
-    monkeypatch.setattr(cpu._native(), "simd", request.param)
+    monkeypatch.setattr(cpu.native(), "simd", request.param)
 
 
 @pytest.fixture(autouse=True)
