@@ -58,6 +58,10 @@ INLINE bool any_below_normal(const Group& real) {
 // To nearest even.
 template <int Type>
 INLINE void encode_scaled(uint8_t* to, const Group& real) {
+    if constexpr (Type == FP32) {
+        for (int k = 0; k < 4; ++k) store(to + 4 * k * LANES, real[k]);
+        return;
+    }
 #if LANES == 16
     if constexpr (Type == E4M3 || Type == E5M2) return encode_scaled_bytes<Type>(to, real);
     if constexpr (Type == FP16) {
