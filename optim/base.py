@@ -191,7 +191,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             return kernels.amax(grad.contiguous(), WHOLE)  # type: ignore[union-attr]
         rule = self.policy[Role.GRAD_WEIGHT]
         if grad.format != rule.format and rule.format.scaled:
-            grad.replace_(quantize(grad.dequantize(torch.float32), rule))
+            plain = grad.payload if not grad.format.scaled else grad.dequantize(torch.float32)
+            rounded = quantize(plain, rule)
+            if not grad.format.scaled:
+                rounded.scale_inv.mul_(grad.scale_inv)  # 1, or the flag of a gradient that is not finite
+            grad.replace_(rounded)
         return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE) * grad.scale_inv
 
     def step_together(self, members: Sequence[tuple[int, Tensor]], group: Group) -> None:

@@ -33,10 +33,10 @@ _TORCH = {
 }
 
 
-@pytest.fixture(params=range(cpu._native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
+@pytest.fixture(params=range(cpu.native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
 def twin(request, monkeypatch):
     """The native kernels under every instruction set that this processor has."""
-    monkeypatch.setattr(cpu._native(), "simd", request.param)
+    monkeypatch.setattr(cpu.native(), "simd", request.param)
     return cpu_fused
 
 

@@ -37,10 +37,10 @@ OTHER = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "fp16":
 OTHER |= {"e4m3fnuz": ml_dtypes.float8_e4m3fnuz, "e5m2fnuz": ml_dtypes.float8_e5m2fnuz}
 
 
-@pytest.fixture(params=range(cpu._native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
+@pytest.fixture(params=range(cpu.native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
 def every_simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each instruction set the processor has, though only the best one is used outside the tests."""
-    monkeypatch.setattr(cpu._native(), "simd", request.param)
+    monkeypatch.setattr(cpu.native(), "simd", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -396,7 +396,7 @@ def assert_adam_equal(operands: tuple[Operand, ...], scalars: AdamScalars, step:
 @pytest.mark.parametrize("layout", range(len(LAYOUTS)))
 def test_adam_equals_the_reference(layout: int) -> None:
     """All combinations of formats, each in one of the layouts; the one without a sign is for the second moment."""
-    known = [format for format in FORMATS.values() if format.dtype in cpu._TYPES]
+    known = [format for format in FORMATS.values() if format.dtype in cpu.TYPES]
     signed = [format for format in known if format.signed]
     combinations = list(enumerate(itertools.product(signed, signed, signed, known)))
     random.Random(0).shuffle(combinations)
@@ -573,3 +573,11 @@ def test_native_kernels_share_the_threads_of_torch(two_threads: None) -> None:
     assert len(list(Path("/proc/self/task").iterdir())) == threads
     libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     assert sum(Path(library).name.startswith(("libgomp", "libiomp5", "libomp")) for library in libraries) == 1
+
+
+@needs_native
+def test_a_library_built_from_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "_digest", lambda sources: 0)
+    native, reason = cpu._load.__wrapped__()
+    assert native is None
+    assert "other sources" in reason

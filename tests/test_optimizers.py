@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msamp_like import amp, optim
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32
@@ -705,3 +706,62 @@ def test_gradients_are_rounded_once_when_they_are_stepped(format):
     assert model[0].weight.grad.format is BF16
     optimizer.step()
     assert model[0].weight.grad.format is format
+
+
+# --- calls and copies -----------------------------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Counts our kernels' ops and reads of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name: str) -> int:
+        return sum(found == name for found in self.names)
+
+
+@pytest.mark.parametrize("level", [O0, O1, O2], ids=lambda level: level.name)
+def test_a_group_is_one_call_and_a_step_reads_the_device_once(level):
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(3)), nn.LayerNorm(128))
+    groups = [{"params": list(model[:2].parameters())}, {"params": list(model[2:].parameters()), "lr": 1e-4}]
+    model, optimizer = amp.initialize(model, torch.optim.AdamW(groups), level=level)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 128)).square().sum().backward()
+        with Calls() as calls:
+            optimizer.step()
+        assert calls.count("msamp_like::adam_steps_") == 2
+        assert calls.count("aten::_local_scalar_dense") <= 2  # finiteness, and the histories' roll that amp hooks on
+        assert calls.count("msamp_like::dequantize") == 0
+
+
+def test_the_step_writes_the_copy_that_products_read():
+    """In place, at most one, and what a cast of the new master gives; a write by anybody else drops it."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 4))
+    model, optimizer = amp.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-1), level=O2)
+    weight = model[0].weight
+    for _ in range(4):
+        model(torch.randn(4, 256)).square().sum().backward()
+        read = weight.cast(E4M3)
+        before = read.payload.view(torch.uint8).clone()
+        optimizer.step()
+        kept = weight.cast(E4M3)
+        assert kept.payload is read.payload
+        assert not torch.equal(kept.payload.view(torch.uint8), before)
+        fresh = copy.deepcopy(weight).cast(E4M3)
+        assert torch.equal(kept.payload.view(torch.uint8), fresh.payload.view(torch.uint8))
+        assert torch.equal(kept.scale_inv, fresh.scale_inv)
+    weight.cast(E5M2)
+    model(torch.randn(4, 256)).square().sum().backward()
+    optimizer.step()
+    assert weight.cast_bytes == weight.payload.numel() + 4
+    with torch.no_grad():
+        weight.zero_()
+    assert weight.cast_bytes == 0
+    assert not weight.cast(E4M3).payload.view(torch.uint8).any()

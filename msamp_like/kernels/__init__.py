@@ -23,7 +23,7 @@ from torch import Tensor
 
 from msamp_like.formats import Block, Format, check_same_kind, format_of, grid_shape
 from msamp_like.kernels import attention as attention_reference
-from msamp_like.kernels import cpu, grouped, reference, reference_updates, table
+from msamp_like.kernels import cpu, cpu_updates, grouped, reference, reference_updates, table
 from msamp_like.kernels.reference import Noise, Operand
 from msamp_like.kernels.reference_updates import (
     AdamScalars,
@@ -182,8 +182,9 @@ def _elsewhere(name: str) -> ModuleType:
 
 @functools.cache
 def _on_cpu(name: str) -> ModuleType:
-    twin = cpu if cpu.available() else reference
-    return twin if hasattr(twin, name) else _elsewhere(name)
+    if not cpu.available():
+        return _elsewhere(name)
+    return cpu_updates if name == "adam_steps_" else cpu
 
 
 @functools.cache

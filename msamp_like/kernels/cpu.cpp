@@ -9,201 +9,24 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+#include <vector>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-enum Type { FP32, BF16, FP16, E4M3, E5M2, UE5M3, TYPES };
-constexpr int64_t SIZE[TYPES] = {4, 2, 2, 1, 1, 1};
-constexpr int64_t TILE = 2048;                   // elements worked on at a time where values are staged in the L1 cache
-constexpr int64_t ELEMENTS_PER_THREAD = 32768;   // below that, waking a thread costs more than it saves
-constexpr int64_t STREAMED_BYTES = 16 << 20;    // results of this size would fill a last-level cache
-constexpr int32_t INFINITE = 0x7f800000;  // bits of FP32, as are those a NaN lies above
-
-constexpr int32_t largest_bits(int type) {
-    constexpr int32_t bits[TYPES] = {0x7f7fffff, 0x7f7f0000, 0x477fe000, 0x43e00000, 0x47600000, 0x47700000};
-    return bits[type];
-}
-
-template <int Format>
-struct Spec {
-    static constexpr int32_t largest = largest_bits(Format);
-    static constexpr int mantissa =
-        Format == FP32 ? 23 : Format == BF16 ? 7 : Format == FP16 ? 10 : Format == E5M2 ? 2 : 3;
-    static constexpr int smallest_field = Format == E4M3 ? 121 : Format == FP32 || Format == BF16 ? 1 : 113;
-    // of the subnormals of the 8-bit formats
-    static constexpr float step = Format == E4M3 ? 0x1p-9f : Format == E5M2 ? 0x1p-16f : 0x1p-17f;
-    static constexpr bool has_sign = Format != UE5M3;
-    // Below this exponent field, 2^-(bits of a step) would leave FP32: BF16 values under 2^-119 share one step.
-    static constexpr int stochastic_field = smallest_field > mantissa ? smallest_field : mantissa + 1;
-};
-
-inline int32_t float_bits(float value) {
-    int32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline double exp2_of(int exponent) {
-    const uint64_t bits = (uint64_t)(1023 + exponent) << 52;
-    double value;
-    memcpy(&value, &bits, 8);
-    return value;
-}
-
-inline bool finite(float value) { return (float_bits(value) & 0x7fffffff) < INFINITE; }
-
-// Magnitudes compare as their bits do, and a NaN compares above infinity: so a maximum of bits cannot lose one.
-inline void raise_to(uint32_t* target, uint32_t value) {
-    uint32_t current = __atomic_load_n(target, __ATOMIC_RELAXED);
-    while (value > current &&
-           !__atomic_compare_exchange_n(target, &current, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-}
-
-// A tensor's blocks. Where one block spans the columns its rows are contiguous, so it is seen as a single long row.
-struct Grid {
-    int64_t numel, columns, block_rows, block_columns, grid_columns;
-
-    Grid(int64_t rows, int64_t columns, int64_t block_rows, int64_t block_columns)
-        : numel(rows * columns), columns(columns), block_rows(block_rows), block_columns(block_columns) {
-        grid_columns = (columns + block_columns - 1) / block_columns;
-        if (grid_columns == 1) {
-            this->columns = this->block_columns = columns * block_rows;
-            this->block_rows = 1;
-        }
-    }
-
-    int64_t blocks() const {
-        const int64_t rows = (numel + columns - 1) / columns;
-        return (rows + block_rows - 1) / block_rows * grid_columns;
-    }
-
-    // Where a block starts, if blocks are runs (block_rows 1).
-    int64_t start(int64_t block) const {
-        const int64_t row = block / grid_columns, first = row * columns + (block - row * grid_columns) * block_columns;
-        return first < numel ? first : numel;
-    }
-};
-
-// Goes through elements [low, high): from `start` to `end` they are contiguous and in one block.
-struct Run {
-    const Grid& grid;
-    int64_t start, end, high, block;
-    int64_t row_end, row_in_block, column_block, first_block;  // first_block: of the row of blocks
-
-    Run(const Grid& grid, int64_t low, int64_t high) : grid(grid), start(low), high(high) {
-        const int64_t row = low / grid.columns, column = low - row * grid.columns;
-        row_end = (row + 1) * grid.columns;
-        row_in_block = row % grid.block_rows;
-        first_block = row / grid.block_rows * grid.grid_columns;
-        column_block = column / grid.block_columns;
-        find_end();
-    }
-
-    int64_t length() const { return end - start; }
-
-    void next() {
-        start = end;
-        ++column_block;
-        if (start == row_end) {
-            row_end += grid.columns;
-            column_block = 0;
-            if (++row_in_block == grid.block_rows) {
-                row_in_block = 0;
-                first_block += grid.grid_columns;
-            }
-        }
-        find_end();
-    }
-
-    void find_end() {
-        end = row_end - grid.columns + (column_block + 1) * grid.block_columns;
-        end = end < row_end ? end : row_end;
-        end = end < high ? end : high;
-        block = first_block + column_block;
-    }
-};
-
-// reference.scale_inv_from_amax
-struct Rule {
-    int format, margin = 0;
-    bool power_of_two = true;
-
-    float scale_inv(uint32_t amax) const {
-        if (amax >= (uint32_t)INFINITE) return float_of(INFINITE);
-        if (format == FP32 || format == BF16 || amax == 0) return 1.0f;
-        const uint32_t limit = largest_bits(format);
-        if (power_of_two) {
-            int exponent = (int)(limit >> 23) - (int)(amax >> 23) - margin - ((amax & 0x7fffff) > (limit & 0x7fffff));
-            exponent = exponent > 126 ? 126 : exponent < -126 ? -126 : exponent;
-            return float_of((uint32_t)(127 - exponent) << 23);
-        }
-        const float ratio = float_of(amax) / (float)((double)float_of(limit) / exp2_of(margin));
-        return ratio < 0x1p-126f ? 0x1p-126f : ratio > 0x1p126f ? 0x1p126f : ratio;
-    }
-};
-
-// The two upper bytes of the FP32 (so both bytes of the BF16) number that each magnitude of an 8-bit format stands for.
-template <int Format>
-struct ByteTables {
-    uint8_t low[128] = {}, high[128] = {};
-
-    constexpr ByteTables() {
-        constexpr int mantissa = Spec<Format>::mantissa;
-        for (int code = 0; code < 128; ++code) {
-            int bits = (code << (7 - mantissa)) + ((Spec<Format>::smallest_field - 1) << 7);
-            if (code < (1 << mantissa)) {  // subnormal: shift the leading bit up to where a normal number has it
-                int field = Spec<Format>::smallest_field, steps = code;
-                for (; steps != 0 && steps < (1 << mantissa); --field) steps <<= 1;
-                bits = steps == 0 ? 0 : (field << 7) + ((steps - (1 << mantissa)) << (7 - mantissa));
-            }
-            if (Format == E5M2 && code >= 0x7c) bits = code == 0x7c ? 0x7f80 : 0x7fc0;
-            if (Format == E4M3 && code == 0x7f) bits = 0x7fc0;
-            low[code] = (uint8_t)bits;
-            high[code] = (uint8_t)(bits >> 8);
-        }
-    }
-};
-
-// Index of the lowest byte of each of 32 lanes of 32 bits.
-struct LowBytes {
-    uint8_t index[64] = {};
-
-    constexpr LowBytes() {
-        for (int lane = 0; lane < 32; ++lane) index[lane] = (uint8_t)(4 * lane);
-    }
-};
-
-struct Noise {
-    uint32_t key0, key1, lower_half;  // reference.noise_keys, and which half of a word a role takes
-};
-
-struct Cast {
-    Grid grid;
-    int in, out;
-    const uint8_t* from;
-    uint8_t* to;
-    float* scale_inv;
-    uint32_t* amax;      // bits of FP32; null if not asked for
-    const Noise* noise;  // null: to nearest even
-    Rule rule;
-    bool streams = false;  // the result is too large for the caches
-};
+#include "cpu_types.h"
 
 struct Kernels {
     void (*amax)(const Cast&, int64_t, int64_t);
     void (*quantize)(const Cast&, int64_t, int64_t);
     void (*quantize_current)(const Cast&, int64_t, int64_t);
     void (*dequantize)(const Cast&, int64_t, int64_t);
+    void (*step)(Row&, const AdamScalars&, int64_t, int64_t, bool);
+    void (*copy)(Row&, int64_t, int64_t);
 };
 
 #include "cpu_fused_types.h"
@@ -290,9 +113,77 @@ void over_blocks(const Grid& grid, int threads, const Body& body) {
     });
 }
 
+// Calls body(row, low, high) on chunks of the rows that `takes` names, shared out to the threads as they come free: a
+// small tensor costs no parallel region of its own, and a large one keeps all threads busy. No chunk cuts a tile.
+template <typename Takes, typename Body>
+void over_rows(Row* rows, int64_t count, int threads, const Takes& takes, const Body& body) {
+    const auto tiles = [](const Row& row) { return row.grid().blocks(); };
+    const auto chunk = [](const Row& row) { return CHUNK / row.tile > 1 ? CHUNK / row.tile : 1; };
+    std::vector<int64_t> ends(count);  // chunks up to the end of each row
+    int64_t chunks = 0, elements = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (takes(rows[i])) {
+            chunks += (tiles(rows[i]) + chunk(rows[i]) - 1) / chunk(rows[i]);
+            elements += rows[i].numel();
+        }
+        ends[i] = chunks;
+    }
+    const int64_t useful = 1 + elements / ELEMENTS_PER_THREAD;
+    const int parts = (int)(useful < threads ? useful : threads);
+#pragma omp parallel for num_threads(parts) schedule(dynamic, 1) if (parts > 1)
+    for (int64_t i = 0; i < chunks; ++i) {
+        const int64_t number = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
+        Row& row = rows[number];
+        const Grid grid = row.grid();
+        const int64_t before = number ? ends[number - 1] : 0, low = (i - before) * chunk(row), high = low + chunk(row);
+        body(row, grid.start(low), high >= grid.blocks() ? grid.numel : grid.start(high));
+    }
+}
+
+bool finite(uint32_t amax) { return amax < (uint32_t)INFINITE; }
+
+// What has to be known of a row before it is written.
+void prepare(Row& row) {
+    for (Stored& stored : row.stored) {
+        stored.next_scale_inv = 1.0f;
+        stored.amax = 0;
+    }
+    if (row.residual) {
+        const float largest = *row.residual_amax * row.growth + row.increase;
+        row.stored[0].next_scale_inv = Rule{E4M3}.scale_inv((uint32_t)float_bits(largest) & 0x7fffffff);
+    }
+    row.copy.amax = 0;
+    // a guess: the last copy's, if that is one of ours
+    const float last = row.copy.payload ? *row.copy.scale_inv : 1.0f;
+    row.copy.next_scale_inv = last >= 0x1p-126f && last <= 0x1p126f && !(float_bits(last) & 0x7fffff) ? last : 1.0f;
+}
+
+bool needs_scales(const Row& row) {
+    bool unknown = false;
+    for (int k = 0; k < 3; ++k) unknown |= row.stored[k].scale_unknown() && !(k == 0 && row.residual);
+    return unknown;
+}
+
+// Scales of operands that have one, now that all is written; flags those that took a value that is not finite.
+void settle(Row& row) {
+    for (int k = 0; k < 3; ++k) {
+        Stored& stored = row.stored[k];
+        if (stored.per_tile) continue;
+        *stored.scale_inv = finite(stored.amax) ? stored.next_scale_inv : float_of(INFINITE);
+        if (finite(stored.amax)) continue;
+        memset(stored.payload, 0, row.numel() * SIZE[stored.type]);
+        if (k == 0 && row.residual) memset(row.residual, 0, row.numel());
+        if (k == 0) row.copy.amax = INFINITE;
+    }
+    if (row.residual) *row.residual_amax = float_of(row.stored[0].amax);
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Of the sources that this was built from.
+EXPORT uint32_t msamp_digest() { return MSAMP_DIGEST; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512: what this processor runs; every function below takes one of these up to that.
 EXPORT int msamp_simd() { return best_simd(); }
@@ -354,6 +245,34 @@ EXPORT void msamp_dequantize(const uint8_t* payload, int in, float* scale_inv, u
     Cast cast{{rows, columns, block_rows, block_columns}, in, out, payload, real, scale_inv, nullptr, nullptr, {out}};
     cast.streams = is_large(cast);
     cast_all(cast, kernels(simd).dequantize, threads);
+}
+
+// One step of every row. Copies are written with the scale of the last step's, and once more where it turned out to be
+// another: the largest value crossed a binade.
+EXPORT void msamp_adam(Row* rows, int64_t count, const AdamScalars* scalars, int simd, int threads) {
+    const Kernels& chosen = kernels(simd);
+    const auto all = [](const Row&) { return true; };
+    for (int64_t i = 0; i < count; ++i) prepare(rows[i]);
+    over_rows(rows, count, threads, needs_scales,
+              [&](Row& row, int64_t low, int64_t high) { chosen.step(row, *scalars, low, high, false); });
+    for (int64_t i = 0; i < count; ++i)
+        for (Stored& stored : rows[i].stored)
+            if (needs_scales(rows[i]) && stored.scale_unknown() && &stored != rows[i].stored + 3) {
+                stored.next_scale_inv = Rule{stored.type}.scale_inv(stored.amax);
+                stored.amax = 0;
+            }
+    over_rows(rows, count, threads, all,
+              [&](Row& row, int64_t low, int64_t high) { chosen.step(row, *scalars, low, high, true); });
+    for (int64_t i = 0; i < count; ++i) {
+        settle(rows[i]);
+        Stored& copy = rows[i].copy;
+        if (!copy.payload) continue;
+        const float scale_inv = Rule{copy.type}.scale_inv(copy.amax);
+        copy.per_tile = scale_inv != copy.next_scale_inv;  // not this step's: to be written again
+        *copy.scale_inv = copy.next_scale_inv = scale_inv;
+    }
+    over_rows(rows, count, threads, [](const Row& row) { return row.copy.payload && row.copy.per_tile; },
+              [&](Row& row, int64_t low, int64_t high) { chosen.copy(row, low, high); });
 }
 
 #include "cpu_fused_exports.h"

@@ -13,6 +13,7 @@ import ctypes
 import ctypes.util
 import functools
 import importlib.machinery
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from msamp_like.formats import FP8_DTYPES, Block, Format, block_extent, format_o
 from msamp_like.kernels import reference
 from msamp_like.kernels.reference import Noise, Operand
 
-_TYPES = {  # the order of enum Type in cpu.cpp
+TYPES = {  # the order of enum Type in cpu.cpp
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
@@ -56,7 +57,7 @@ class _Native:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         shape, how = (size, size, size, size), (integer, integer)
-        signatures = {
+        signatures: dict[str, tuple[type, ...]] = {
             "msamp_amax": (pointer, integer, pointer, *shape, *how),
             "msamp_scale_inv": (pointer, pointer, size, integer, integer, integer),
             "msamp_powers_of_two": (pointer, size),
@@ -66,6 +67,7 @@ class _Native:
                 *(*shape, *how),
             ),
             "msamp_dequantize": (pointer, integer, pointer, pointer, integer, *shape, *how),
+            "msamp_adam": (pointer, size, pointer, *how),
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -78,6 +80,7 @@ class _Native:
         self.quantize_current = library.msamp_quantize_current
         self.dequantize = library.msamp_dequantize
         self.library = library  # cpu_fused.py has functions of its own in it
+        self.adam = library.msamp_adam
         self.simd: int = library.msamp_simd()
 
 
@@ -102,9 +105,18 @@ def _load() -> tuple[_Native | None, str]:
     try:
         for runtime in _openmp_runtimes():
             ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-        return _Native(ctypes.CDLL(str(path))), str(path)
+        library = ctypes.CDLL(str(path))
+        sources = [folder / "cpu.cpp", *sorted(folder.glob("cpu_*.h"))]  # an installed wheel has none beside it
+        if sources[0].exists() and library.msamp_digest() & 0xFFFFFFFF != _digest(sources):
+            return None, f"{path} was built from other sources; install again: pip install -e ."
+        return _Native(library), str(path)
     except (OSError, AttributeError) as error:  # AttributeError: a library built from other sources
         return None, f"{path} cannot be loaded ({error}); install again with the compiler of this machine"
+
+
+def _digest(sources: list[Path]) -> int:
+    """What setup.py compiles into the library; functions of another version would be called with wrong arguments."""
+    return functools.reduce(lambda found, file: zlib.crc32(file.read_bytes(), found), sources, 0)
 
 
 def _openmp_runtimes() -> list[str]:
@@ -118,7 +130,7 @@ def _openmp_runtimes() -> list[str]:
     return loaded[:1] or beside_torch[:1] or ([system] if system else [])
 
 
-def _native() -> _Native:
+def native() -> _Native:
     native, reason = _load()
     if native is None:
         raise RuntimeError(f"the native kernels are not loaded: {reason}; call kernels.reference instead")
@@ -137,10 +149,10 @@ def _noise(noise: Noise | None) -> _Noise | None:
 
 
 def _has_fast_path(x: Tensor, stored: torch.dtype = torch.float32) -> bool:
-    return x.dtype in _REAL_DTYPES and x.numel() > 0 and stored in _TYPES
+    return x.dtype in _REAL_DTYPES and x.numel() > 0 and stored in TYPES
 
 
-def _scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
+def checked_scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
     """``scale_inv`` as the library reads it: FP32, contiguous, one entry a block."""
     if scale_inv.shape != grid_shape(shape, block) or scale_inv.dtype != torch.float32:
         raise ValueError(
@@ -154,19 +166,19 @@ def amax(x: Tensor, block: Block) -> Tensor:
     """See :func:`.reference.amax`."""
     if not _has_fast_path(x):
         return reference.amax(x, block)
-    native, x = _native(), x.contiguous()
+    library, x = native(), x.contiguous()
     largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
-    native.amax(x.data_ptr(), _TYPES[x.dtype], largest.data_ptr(), *_geometry(x.shape, block), native.simd, _threads())
+    library.amax(x.data_ptr(), TYPES[x.dtype], largest.data_ptr(), *_geometry(x.shape, block), library.simd, threads())
     return largest
 
 
 def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_two: bool = True) -> Tensor:
     """See :func:`.reference.scale_inv_from_amax`."""
-    if amax.dtype != torch.float32 or format.dtype not in _TYPES:
+    if amax.dtype != torch.float32 or format.dtype not in TYPES:
         return reference.scale_inv_from_amax(amax, format, margin, power_of_two)
     amax = amax.contiguous()
     scale_inv = torch.empty_like(amax)
-    _native().scale_inv(amax.data_ptr(), scale_inv.data_ptr(), amax.numel(), _TYPES[format.dtype], margin, power_of_two)
+    native().scale_inv(amax.data_ptr(), scale_inv.data_ptr(), amax.numel(), TYPES[format.dtype], margin, power_of_two)
     return scale_inv
 
 
@@ -198,11 +210,11 @@ def quantize_into(
     largest: Tensor | None = None,
 ) -> None:
     """:func:`quantize` FP32, BF16 or FP16 into memory at hand; ``largest``, without noise, takes the amaxes."""
-    native, x, scale_inv = _native(), x.contiguous(), _scales(scale_inv, x.shape, block)
-    native.quantize(
-        *(x.data_ptr(), _TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), _TYPES[payload.dtype]),
+    library, x, scale_inv = native(), x.contiguous(), checked_scales(scale_inv, x.shape, block)
+    library.quantize(
+        *(x.data_ptr(), TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), TYPES[payload.dtype]),
         *(None if largest is None else largest.data_ptr(), _address(_noise(noise))),
-        *(*_geometry(x.shape, block), native.simd, _threads()),
+        *(*_geometry(x.shape, block), library.simd, threads()),
     )
 
 
@@ -231,7 +243,7 @@ def store_(target: Operand, value: Tensor) -> None:
     contiguous = target.payload.is_contiguous() and target.scale_inv.is_contiguous()
     if not _has_fast_path(value, target.payload.dtype) or not contiguous:
         return reference.store_(target, value)
-    _scales(target.scale_inv, value.shape, target.block)
+    checked_scales(target.scale_inv, value.shape, target.block)
     format = format_of(target.payload.dtype)
     _quantize_current(target.payload, target.scale_inv, target.block, target.noise, value, format, 0, True)
     return None
@@ -247,19 +259,19 @@ def _quantize_current(
     margin: int,
     power_of_two: bool,
 ) -> Tensor:
-    native, x = _native(), x.contiguous()
+    library, x = native(), x.contiguous()
     largest = torch.empty_like(scale_inv)
-    native.quantize_current(
-        *(x.data_ptr(), _TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), _TYPES[format.dtype]),
+    library.quantize_current(
+        *(x.data_ptr(), TYPES[x.dtype], scale_inv.data_ptr(), payload.data_ptr(), TYPES[format.dtype]),
         *(largest.data_ptr(), _address(_noise(noise)), margin, power_of_two),
-        *(*_geometry(x.shape, block), native.simd, _threads()),
+        *(*_geometry(x.shape, block), library.simd, threads()),
     )
     return largest
 
 
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference.dequantize`."""
-    if payload.numel() == 0 or dtype not in _REAL_DTYPES or payload.dtype not in _TYPES:
+    if payload.numel() == 0 or dtype not in _REAL_DTYPES or payload.dtype not in TYPES:
         return reference.dequantize(payload, scale_inv, block, dtype)
     real = torch.empty(payload.shape, dtype=dtype)
     dequantize_into(real, payload, scale_inv, block)
@@ -268,10 +280,10 @@ def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dt
 
 def dequantize_into(real: Tensor, payload: Tensor, scale_inv: Tensor, block: Block) -> None:
     """:func:`dequantize` into memory at hand, to its dtype: FP32, BF16 or FP16."""
-    native, payload, scale_inv = _native(), payload.contiguous(), _scales(scale_inv, payload.shape, block)
-    native.dequantize(
-        *(payload.data_ptr(), _TYPES[payload.dtype], scale_inv.data_ptr(), real.data_ptr(), _TYPES[real.dtype]),
-        *(*_geometry(payload.shape, block), native.simd, _threads()),
+    library, payload, scale_inv = native(), payload.contiguous(), checked_scales(scale_inv, payload.shape, block)
+    library.dequantize(
+        *(payload.data_ptr(), TYPES[payload.dtype], scale_inv.data_ptr(), real.data_ptr(), TYPES[real.dtype]),
+        *(*_geometry(payload.shape, block), library.simd, threads()),
     )
 
 
@@ -279,7 +291,7 @@ def _address(noise: _Noise | None) -> ctypes.c_void_p | None:
     return None if noise is None else ctypes.cast(ctypes.pointer(noise), ctypes.c_void_p)
 
 
-def _threads() -> int:
+def threads() -> int:
     return torch.get_num_threads()
 
 
@@ -309,7 +321,7 @@ def _read(operand: Operand, dtype: torch.dtype) -> Tensor:
 def _exact_in_bf16(operand: Operand) -> bool:
     scale_inv = operand.scale_inv.contiguous()
     return operand.payload.dtype in (*FP8_DTYPES, torch.bfloat16) and bool(
-        _native().powers_of_two(scale_inv.data_ptr(), scale_inv.numel())
+        native().powers_of_two(scale_inv.data_ptr(), scale_inv.numel())
     )
 
 

@@ -28,13 +28,13 @@ INLINE F exponential(F x) {
     return vanishes ? F{} : power;  // 0 and not small: a masked logit has no share at all
 }
 
-INLINE F magnitude_of(F x) { return (F)((I)x & 0x7fffffff); }
+INLINE F absolute(F x) { return (F)((I)x & 0x7fffffff); }
 
 INLINE F logistic(F x) { return floats(1.0f) / (floats(1.0f) + exponential(-x)); }
 
 // The share of a normal distribution that lies below x; `density` is exp(-x^2 / 2).
 INLINE F normal_below(F x, F density) {
-    const F t = floats(1.0f) / (floats(1.0f) + magnitude_of(x) * floats(0.3275911f * 0.70710678f));
+    const F t = floats(1.0f) / (floats(1.0f) + absolute(x) * floats(0.3275911f * 0.70710678f));
     F sum = t * floats(1.061405429f) - floats(1.453152027f);
     sum = sum * t + floats(1.421413741f);
     sum = sum * t - floats(0.284496736f);

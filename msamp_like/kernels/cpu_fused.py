@@ -90,11 +90,11 @@ class _SoftmaxBackward(ctypes.Structure):
 
 @functools.cache
 def _parts() -> int:
-    return int(cpu._native().library.msamp_norm_parts())
+    return int(cpu.native().library.msamp_norm_parts())
 
 
 def _call(name: str, arguments: ctypes.Structure, rows: int, *between: Any) -> None:
-    native = cpu._native()
+    native = cpu.native()
     threads = _INT32(torch.get_num_threads())
     getattr(native.library, name)(ctypes.byref(arguments), *between, _INT64(rows), _INT32(native.simd), threads)
 
@@ -116,7 +116,7 @@ def _out_is_fast(out: Target) -> bool:
 def _new(like: Tensor, out: Target) -> tuple[Stored, _Written]:
     """Room for a result of the shape of ``like``, and what the library is told of it."""
     payload = torch.empty(like.shape, dtype=out.dtype)
-    type_ = cpu._TYPES[out.dtype]
+    type_ = cpu.TYPES[out.dtype]
     if out.block is None:
         none = torch.empty(0)
         return Stored(payload, none, none.clone()), _Written(payload.data_ptr(), None, None, 0, type_, _AS_IT_IS)
@@ -135,7 +135,7 @@ def _new_kept(like: Tensor, kept: Grouped) -> tuple[Kept, _Written]:
 
 
 def _read(kept: Operand) -> _Written:
-    type_ = cpu._TYPES[kept.payload.dtype]
+    type_ = cpu.TYPES[kept.payload.dtype]
     return _Written(kept.payload.data_ptr(), kept.scale_inv.data_ptr(), None, kept.block[1], type_, _IN_GROUPS)
 
 
@@ -166,7 +166,7 @@ def norm_quantize(
     made, target = _new(x, out)
     held, target_kept = _new_kept(x, kept)
     addresses = x.data_ptr(), _address(scale), _address(shift), inverse.data_ptr()
-    _call("msamp_norm", _Norm(*addresses, target, target_kept, columns, eps, cpu._TYPES[x.dtype], centered), rows)
+    _call("msamp_norm", _Norm(*addresses, target, target_kept, columns, eps, cpu.TYPES[x.dtype], centered), rows)
     return made, held, inverse
 
 
@@ -181,7 +181,7 @@ def norm_backward(
     made, target = _new(grad, Target(dtype))
     sums = torch.empty(_parts(), 2, width)
     addresses = grad.data_ptr(), inverse.contiguous().data_ptr(), _address(scale)
-    arguments = _NormBackward(*addresses, _read(kept), target, columns, cpu._TYPES[grad.dtype], centered)
+    arguments = _NormBackward(*addresses, _read(kept), target, columns, cpu.TYPES[grad.dtype], centered)
     _call("msamp_norm_backward", arguments, rows, _POINTER(sums.data_ptr()))
     return made.payload, sums[0, 0, :columns].clone(), sums[0, 1, :columns].clone()
 
@@ -198,7 +198,7 @@ def activation_quantize(
     held_value, target_value = Kept(torch.empty(0, dtype=kept.format.dtype), torch.empty(0)), _Written()
     if value is not None:
         held_value, target_value = _new_kept(value, kept)
-    types = cpu._TYPES[gate.dtype], 0 if value is None else cpu._TYPES[value.dtype]
+    types = cpu.TYPES[gate.dtype], 0 if value is None else cpu.TYPES[value.dtype]
     arguments = _Activation(
         *(gate.data_ptr(), _address(value), target, target_gate, target_value, columns, *types, KINDS.index(kind), 0)
     )
@@ -219,7 +219,7 @@ def activation_backward(
     if value is not None:
         made_value, target_value = _new(grad, out)
     factor = _Written() if value is None else _read(value)
-    kinds = cpu._TYPES[grad.dtype], KINDS.index(kind)
+    kinds = cpu.TYPES[grad.dtype], KINDS.index(kind)
     arguments = _ActivationBackward(grad.data_ptr(), _read(gate), factor, target, target_value, columns, *kinds)
     _call("msamp_activation_backward", arguments, grad.numel() // columns)
     return made, made_value
@@ -232,7 +232,7 @@ def softmax_quantize(logits: Tensor, kept: Grouped) -> tuple[Tensor, Kept]:
     rows, columns = logits.shape
     sums = torch.empty(rows)
     held, target = _new_kept(logits, kept)
-    arguments = _Softmax(logits.data_ptr(), sums.data_ptr(), target, columns, cpu._TYPES[logits.dtype], 0)
+    arguments = _Softmax(logits.data_ptr(), sums.data_ptr(), target, columns, cpu.TYPES[logits.dtype], 0)
     _call("msamp_softmax", arguments, rows)
     return sums, held
 

@@ -4,13 +4,14 @@ states.
 One row is read, updated in FP32 and written back as it is stored; its compute weight is written in the same step, from
 what the row then holds. A faster twin does so in one pass over the bytes of all rows and gives the same bytes.
 
-A master may be stored in two parts of 8 bits, a weight that products read as it is and what the weight leaves:
+A master may be stored in two parts of 8 bits, a weight that products read as it is and a residual:
 
-    value = (decode(code) + residual / 256 * ulp(code)) * scale_inv
+    |value| = (256 * code + residual) steps * scale_inv
 
-with ``ulp(code)`` the distance of the format's numbers at the code, that of the subnormals below the normals. The
-weight has one scale, which has to be known before the first element is written. It comes from the largest value of the
-last write, kept beside the residual, and from a bound on what one step can add to it (:func:`largest_ratio`).
+One 16-bit number, in other words, with the exponents of the weight's format and 8 mantissa bits more (E4M3 and its
+residual: sign, 4 and 11), cut so that the weight is the number rounded to nearest. The weight has one scale, which has
+to be known before the first element is written. It comes from the largest value of the last write, kept beside the
+residual, and from a bound on what one step can add to it (:func:`largest_ratio`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msamp_like.formats import RESIDUAL, WHOLE, Format, format_of
+from msamp_like.formats import WHOLE, Format, format_of
 from msamp_like.kernels.reference import (
     Noise,
     Operand,
     amax,
-    decode,
     dequantize,
+    encode,
     random_bits,
     scale_inv_from_amax,
     store_,
@@ -171,43 +172,48 @@ def bounds(scalars: AdamScalars, step: int, ratio: float) -> tuple[float, float]
 # --- a master in two parts ------------------------------------------------------------------------------------------
 
 
-def ulp(values: Tensor, format: Format) -> Tensor:
-    """Distance of the format's numbers at each of ``values``, which are numbers of the format; FP32."""
-    smallest = int(torch.tensor(format.smallest_normal, dtype=torch.float32).view(torch.int32)) >> 23
-    field = ((values.abs().view(torch.int32)) >> 23).clamp(min=smallest)
-    return ((field - format.mantissa_bits) << 23).view(torch.float32)
-
-
 def dequantize_with_residual(weight: Operand, residual: Tensor) -> Tensor:
-    """The master in FP32: ``(decode(code) + residual / 256 * ulp(code)) * scale_inv``; exact but for the scale."""
-    codes = decode(weight.payload)
-    steps = ulp(codes, format_of(weight.payload.dtype)) * 2.0**-8
-    return (codes + residual.float() * steps) * weight.scale_inv
+    """The master in FP32; exact but for the scale."""
+    format = format_of(weight.payload.dtype)
+    code = weight.payload.view(torch.uint8).int()
+    number = ((code & 0x7F) << 8) + residual.int()
+    # as FP32 bits, subnormal numbers included, the number is too small by a power of two
+    magnitude = (number << _dropped(format)).view(torch.float32) * (1 / _tiny(format))
+    return torch.where(code >= 0x80, -magnitude, magnitude) * weight.scale_inv.view(())
 
 
 def quantize_with_residual(
     x: Tensor, largest: Tensor, format: Format, noise: Noise | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x`` as a weight of ``format`` and a residual: (payload, scale_inv, residual, amax of x).
+    """``x`` as a weight of ``format``, an 8-bit one, and a residual: (payload, scale_inv, residual, amax of x).
 
-    The scale is that of ``largest``, FP32 (1, 1), at least amax; values beyond it saturate. The weight is rounded to
-    nearest, the rest in 256th parts of its ulp to nearest, or stochastically with ``noise``; 128 of them become 127.
-    A tensor with a value that is not finite is flagged as a whole: scale_inv = +inf over payloads of 0.
+    The scale is that of ``largest``, FP32 (1, 1), at least amax; values beyond it saturate. The 16-bit number of both
+    is rounded once, to nearest even or stochastically with ``noise``; the weight is the number rounded to nearest, ties
+    away from zero. A tensor with a value that is not finite is flagged as a whole: scale_inv = +inf over payloads of 0.
     """
     found = amax(x, WHOLE)
     scale_inv = torch.where(torch.isfinite(found), scale_inv_from_amax(largest, format), torch.inf)
-    scaled = x.float() * (1.0 / scale_inv)
-    scaled = torch.where(torch.isfinite(scale_inv), scaled, torch.zeros_like(scaled))
-    scaled = scaled.clamp(-format.largest, format.largest)
-    payload = scaled.to(format.dtype)
-    codes = decode(payload)
-    steps = (scaled - codes) / (ulp(codes, format) * 2.0**-8)
+    scaled = x.float() * (1.0 / scale_inv.view(()))
+    scaled = torch.where(torch.isfinite(scale_inv.view(())), scaled, torch.zeros_like(scaled))
+    bits, dropped = (scaled.abs() * _tiny(format)).view(torch.int32), _dropped(format)
     if noise is None:
-        steps = steps.round()
+        bits = bits + ((1 << (dropped - 1)) - 1) + ((bits >> dropped) & 1)
     else:
-        uniform = random_bits(x.numel(), noise, x.device).float() * 2.0**-16
-        steps = torch.floor(steps + uniform.view(x.shape))
-    return payload, scale_inv, steps.clamp(-128, RESIDUAL.largest).to(torch.int8), found
+        bits = bits + (random_bits(x.numel(), noise, x.device) >> (16 - dropped)).int().view(x.shape)
+    top = int(encode(torch.tensor(format.largest), format).view(torch.uint8))
+    number = (bits >> dropped).clamp(max=(top << 8) + 127) + 128
+    code = (number >> 8) + torch.where(scaled.view(torch.int32) < 0, 0x80, 0)
+    return code.to(torch.uint8).view(format.dtype), scale_inv, ((number & 0xFF) - 128).to(torch.int8), found
+
+
+def _dropped(format: Format) -> int:
+    """Mantissa bits of FP32 that neither the weight nor the residual keeps."""
+    return 23 - format.mantissa_bits - 8
+
+
+def _tiny(format: Format) -> float:
+    """What makes the format's smallest normal number FP32's: its exponents are FP32's then, subnormals included."""
+    return 2.0**-126 / format.smallest_normal
 
 
 def store_with_residual_(weight: Operand, residual: Residual, value: Tensor, largest: Tensor) -> None:

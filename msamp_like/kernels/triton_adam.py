@@ -9,7 +9,8 @@ gradient). Anything else is the reference's, and said once in the log.
 A tensor of one scale in FP32 or BF16 still carries a flag for all of it (scale_inv = +inf, payload 0): the pass counts
 blocks that are not finite, a second launch writes scale and zeros, and reads one word where there is nothing to do.
 
-Left out: many tensors in one launch. The speed is not measured yet: ``benchmarks/gpu.py`` does that.
+Left out: many tensors in one launch, a copy in the same pass, a master in two parts. The speed is not measured yet:
+``benchmarks/gpu.py`` does that.
 """
 
 import functools
