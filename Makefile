@@ -55,9 +55,10 @@ gpu: $(INSTALLED) ## GPU tests and benchmarks; skipped with a word where there i
 	    echo "make gpu: PyTorch sees no CUDA device here, nothing to run"; \
 	fi
 
-BENCHMARKS ?= $(filter-out gpu,$(notdir $(basename $(shell grep -l __main__ benchmarks/*.py))))
+BENCHMARKS ?= $(filter-out gpu summary,$(notdir $(basename $(shell grep -l __main__ benchmarks/*.py))))
 bench: $(INSTALLED) ## every CPU figure of docs/results again (long); BENCHMARKS="products scales" for some
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) -m benchmarks.$$name; done
+	$(PY) -m benchmarks.summary
 
 nightly: $(INSTALLED) ## the tests that take minutes or hours
 	$(PY) -m pytest -m nightly

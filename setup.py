@@ -1,5 +1,7 @@
 """Only the optional native extension is declared here; everything else stands in setup.cfg."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 # A plain C interface, loaded through ctypes: no torch headers, so one build serves every version of torch. -fopenmp is
@@ -8,7 +10,7 @@ from setuptools import Extension, setup
 NATIVE = Extension(
     "msamp_like.kernels._cpu",
     sources=["msamp_like/kernels/cpu.cpp"],
-    depends=["msamp_like/kernels/cpu_kernels.h"],
+    depends=sorted(glob("msamp_like/kernels/*.h")),
     extra_compile_args=[
         *("-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions"),
         *("-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),

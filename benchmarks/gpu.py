@@ -28,6 +28,7 @@ from msamp_like import amp, kernels
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, WHOLE, Block, Format
 from msamp_like.kernels import AdamScalars, Operand, Row
 from msamp_like.models import gpt
+from msamp_like.policy import RECIPES
 
 DEVICE = "cuda"
 TOKENS, HIDDEN, FFN = 16_384, 4_096, 16_384
@@ -82,6 +83,9 @@ def casts() -> dict[str, Any]:
         payload, scales, _ = kernels.quantize_current(x, E4M3, block)
         current = seconds(partial(kernels.quantize_current, x, E4M3, block))
         rows[f"quantize, current scale, {name}"] = rate(3 * numel, current, copy)
+        if block in ((1, 128), (1, 32)):
+            both = seconds(partial(kernels.quantize_both, x, E4M3, block))
+            rows[f"quantize, current scale, {name}, and transposed"] = rate(4 * numel, both, copy)
         back = seconds(partial(kernels.dequantize, payload, scales, block, torch.bfloat16))
         rows[f"dequantize, {name}"] = rate(3 * numel, back, copy)
     rows["torch: x.to(float8_e4m3fn), no scale"] = rate(3 * numel, seconds(lambda: x.to(torch.float8_e4m3fn)), copy)
@@ -146,7 +150,7 @@ def products() -> dict[str, Any]:
 
     plain = nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE, dtype=torch.bfloat16)
     row("BF16 layer, forward and backward", seconds(step(plain, lambda: None)), 3)
-    for recipe in ("delayed", "current"):
+    for recipe in RECIPES:
         model = nn.Sequential(nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE))
         model, optimizer = amp.initialize(model, torch.optim.SGD(model.parameters(), lr=0.0), "O2", recipe=recipe)
         for _ in range(WARMUP_STEPS):

@@ -5,7 +5,8 @@
 
 ``tiny``, 2,048 tokens a step, on the default corpus. The gap of a seed is its validation loss minus O0's of the same
 seed; the gate is a mean of at most 0.01 nats. Runs are independent processes of one thread, as many at a time as
-``--workers``; finished runs are kept in the result file, and a second call with ``--continue`` adds to them.
+``--workers``; finished runs are kept in the result file, and a second call with ``--continue`` adds to them, if they
+were made by the same code: all runs of a table have one source, whose digest stands in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.result import parser, write
+from benchmarks.result import parser, source, write
 from msamp_like import amp
 from msamp_like.formats import E4M3, FP16
 from msamp_like.launchers.corpus import Batches, load_corpus, validation_batches
@@ -63,6 +64,10 @@ VARIANTS: dict[str, Variant] = {
     "O2, FP8 master weights, stochastic": Variant(policy=lambda: O2.with_rule(Role.MASTER_WEIGHT, "e4m3")),
     "O1": Variant(policy=lambda: O1),
     "O2, current scaling": Variant(policy=lambda: O2.with_recipe("current")),
+    "O2, rowwise": Variant(policy=lambda: O2.with_recipe("rowwise")),
+    "O2, blockwise": Variant(policy=lambda: O2.with_recipe("blockwise")),
+    "O2, mxfp8": Variant(policy=lambda: O2.with_recipe("mxfp8")),
+    "O2, FP8 saved activations": Variant(policy=lambda: O2.with_saved_activations("fp8")),
     "O2, head in FP8 too": Variant(policy=lambda: O2.override({"lm_head": "fp8"})),
     "O2, first and last block in BF16": Variant(
         policy=lambda: O2.override({"blocks.0.*": "bf16", "blocks.3.*": "bf16"})
@@ -84,7 +89,18 @@ VARIANTS: dict[str, Variant] = {
         )
     ),
 }
-GATED = ("O0", "O2", "lean", "lean + release", "broken: FP8 master weights")
+GATED = (
+    "O0",
+    "O2",
+    "lean",
+    "lean + release",
+    "O2, current scaling",
+    "O2, rowwise",
+    "O2, blockwise",
+    "O2, mxfp8",
+    "O2, FP8 saved activations",
+    "broken: FP8 master weights",
+)
 
 
 def train(variant: str, seed: int, steps: int, batch_size: int = 8, context: int = 256) -> dict[str, Any]:
@@ -161,6 +177,7 @@ def figures(runs: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
         "gate_nats": GATE,
         "summary": summary,
         "reached": all(reached.values()) and len(reached) == len(GATED),
+        "source": source(),
         "runs": runs,
     }
 
@@ -193,7 +210,10 @@ def main() -> None:
 
 def _finished(out: Path, steps: int) -> dict[str, dict[str, Any]]:
     saved = json.loads(out.read_text()) if out.exists() else {}
-    return saved["runs"] if saved.get("steps") == steps else {}
+    if saved and (saved.get("steps"), saved.get("source")) != (steps, source()):
+        print(f"starting anew: {out} is of {saved.get('steps')} steps or of other code")
+        return {}
+    return saved["runs"] if saved else {}
 
 
 if __name__ == "__main__":

@@ -68,14 +68,21 @@ def serve(rank: int, address: str, preset: str, threads: int) -> None:
 
 
 class Pair:
-    """The two ranks of one model, each in its node."""
+    """The two ranks of one model, each in its node, and the ``benchmark`` that they serve, with ``more`` options."""
 
-    def __init__(self, nodes: Sequence[Node], preset: str, threads: int) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        preset: str,
+        threads: int,
+        benchmark: str = "network",
+        more: Sequence[str] = (),
+    ) -> None:
         self.nodes = nodes
-        options = ["--serve", nodes[0].address, "--presets", preset, "--threads", str(threads)]
+        options = ["--serve", nodes[0].address, "--presets", preset, "--threads", str(threads), *more]
         self.ranks = [
             node.start(
-                [sys.executable, "-m", "benchmarks.network", *options, "--rank", str(rank)],
+                [sys.executable, "-m", f"benchmarks.{benchmark}", *options, "--rank", str(rank)],
                 environment={"OMP_NUM_THREADS": str(threads)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
@@ -31,6 +32,16 @@ def machine() -> dict[str, Any]:
         "native_kernels": found.native_kernels.simd if found.native_kernels.loaded else "none",
         "versions": dict(found.versions),
     }
+
+
+def source() -> str:
+    """Digest of the code that trains: Python and C++ of the package, not of tests, benchmarks or pages."""
+    root = Path(__file__).resolve().parent.parent
+    files = [f for folder in ("msamp_like", "optim", "comm") for f in (root / folder).rglob("*")]
+    digest = hashlib.sha256()
+    for file in sorted(f for f in files if f.suffix in (".py", ".cpp", ".h")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def write(out: Path, figures: dict[str, Any]) -> None:

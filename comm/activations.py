@@ -5,6 +5,9 @@ and codes and scales are one message of bytes: no rank waits for an amax. Withou
 format, and under no rule at all in its own dtype. Either way the sum is the receiver's, in FP32 and in rank order: it
 has the same bits in every run, and every backend that moves bytes will do.
 
+A whole tensor travels in one collective; or part by part, each to or from one other rank, so that the caller works on a
+part while the next is on its way. What comes out has the same bits, and as many bytes are sent.
+
 A rank's own part of a sum never travels and is not rounded. What is gathered is decoded from the message, the own part
 too, so that all ranks hold identical bits.
 """
@@ -12,6 +15,7 @@ too, so that all ranks hold identical bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +23,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from msamp_like import kernels
-from msamp_like.comm.group import CountedGroup
+from msamp_like.comm.collectives import Steps, finish
+from msamp_like.comm.group import CountedGroup, Pending
 from msamp_like.formats import Block
 from msamp_like.policy import Rule
 
@@ -73,7 +78,54 @@ def reduce_scatter(x: Tensor, dim: int, rule: Rule | None, group: CountedGroup, 
 
     ``dim`` divides by the ranks. Sends (world - 1) / world of the message.
     """
-    return _sum_of_own_part(x, dim, rule, group, label).to(x.dtype)
+    return finish(reduce_scatter_steps(x, dim, rule, group, label))
+
+
+def reduce_scatter_steps(x: Tensor, dim: int, rule: Rule | None, group: CountedGroup, label: str) -> Steps[Tensor]:
+    """As :func:`reduce_scatter`; yields once, while the message travels."""
+    return (yield from _sum_of_own_part(x, dim, rule, group, label)).to(x.dtype)
+
+
+def gather_parts(x: Tensor, rule: Rule | None, group: CountedGroup, label: str) -> Iterator[tuple[int, Tensor]]:
+    """(rank, its ``x``) of every rank: this one's at once, the others' as they arrive; what :func:`all_gather` gives.
+
+    All messages are under way when this returns. Sends world - 1 copies of the message, each in its own collective.
+    """
+    with record_function(f"{label}/all_gather"):
+        shape = (1, math.prod(x.shape[:-1]), x.shape[-1])
+        group.plan("all_to_all", label, (group.world - 1) * message_bytes(shape[1], shape[2], rule, x.dtype))
+        message = _encoded(x.reshape(shape), rule)
+        travelling = [(distance, *group.pass_on(message, distance, label)) for distance in range(1, group.world)]
+
+    def arrivals() -> Iterator[tuple[int, Tensor]]:
+        yield group.rank, _decoded(message, shape, rule, x.dtype).to(x.dtype).view(x.shape)
+        for distance, received, work in travelling:
+            work.wait()
+            source = (group.rank - distance) % group.world
+            yield source, _decoded(received, shape, rule, x.dtype).to(x.dtype).view(x.shape)
+
+    return arrivals()
+
+
+def reduce_scatter_parts(make: Callable[[int], Tensor], rule: Rule | None, group: CountedGroup, label: str) -> Tensor:
+    """The sum of all ranks' ``make(r)``, (rows, columns), on every rank r; what :func:`reduce_scatter` gives.
+
+    A part travels while the next is made, this rank's own last. Sends world - 1 parts, each in a collective of its own.
+    """
+    travelling: dict[int, tuple[Tensor, Pending]] = {}
+    for distance in range(1, group.world):
+        part = make((group.rank + distance) % group.world)
+        with record_function(f"{label}/reduce_scatter"):
+            rows, columns = part.shape
+            group.plan("all_to_all", label, message_bytes(rows, columns, rule, part.dtype))
+            message = _encoded(part.unsqueeze(0), rule)
+            travelling[(group.rank - distance) % group.world] = group.pass_on(message, distance, label)
+    own = make(group.rank)
+    with record_function(f"{label}/sum"):
+        for _, work in travelling.values():
+            work.wait()
+        received = {rank: message for rank, (message, _) in travelling.items()}
+        return _sum(own, received, rule, group).to(own.dtype)
 
 
 def all_reduce(x: Tensor, rule: Rule | None, group: CountedGroup, label: str) -> Tensor:
@@ -83,7 +135,7 @@ def all_reduce(x: Tensor, rule: Rule | None, group: CountedGroup, label: str) ->
     """
     rows = x.reshape(-1, x.shape[-1])
     padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % group.world))
-    own = _sum_of_own_part(padded, 0, rule, group, label)
+    own = finish(_sum_of_own_part(padded, 0, rule, group, label))
     if rule is None:
         own = own.to(x.dtype)
     return all_gather(own, 0, rule, group, label, x.dtype)[: rows.shape[0]].view(x.shape)
@@ -94,7 +146,7 @@ def own_part(x: Tensor, dim: int, group: CountedGroup) -> Tensor:
     return x.chunk(group.world, dim)[group.rank].contiguous()
 
 
-def _sum_of_own_part(x: Tensor, dim: int, rule: Rule | None, group: CountedGroup, label: str) -> Tensor:
+def _sum_of_own_part(x: Tensor, dim: int, rule: Rule | None, group: CountedGroup, label: str) -> Steps[Tensor]:
     with record_function(f"{label}/reduce_scatter"):
         dim %= x.dim()
         parts = x.unflatten(dim, (group.world, -1)).movedim(dim, 0).contiguous()
@@ -103,15 +155,20 @@ def _sum_of_own_part(x: Tensor, dim: int, rule: Rule | None, group: CountedGroup
             "all_to_all", label, (group.world - 1) * message_bytes(matrices.shape[1], matrices.shape[2], rule, x.dtype)
         )
         received, work = group.all_to_all(_encoded(matrices, rule), label=label)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        own = matrices[group.rank].to(wide)
+    yield
+    with record_function(f"{label}/sum"):
         work.wait()
-        total = torch.zeros_like(own)
-        for rank in range(group.world):
-            total += (
-                own if rank == group.rank else _decoded(received[rank : rank + 1], (1, *own.shape), rule, x.dtype)[0]
-            )
-        return total.view(parts.shape[1:])
+        messages = dict(enumerate(received.split(1)))
+        return _sum(matrices[group.rank], messages, rule, group).view(parts.shape[1:])
+
+
+def _sum(own: Tensor, received: Mapping[int, Tensor], rule: Rule | None, group: CountedGroup) -> Tensor:
+    """This rank's part and the others' messages, by rank, in FP32 and in rank order."""
+    wide = torch.promote_types(own.dtype, torch.float32)
+    total = torch.zeros_like(own, dtype=wide)
+    for rank in range(group.world):
+        total += own.to(wide) if rank == group.rank else _decoded(received[rank], (1, *own.shape), rule, own.dtype)[0]
+    return total
 
 
 # --- messages -------------------------------------------------------------------------------------------------------

@@ -141,6 +141,17 @@ class CountedGroup:
         what = self._count("all_to_all", label, x.nbytes - x[:own].nbytes)
         return received, Pending(work, what, self.group)
 
+    def pass_on(self, x: Tensor, distance: int, label: str = "") -> tuple[Tensor, Pending]:
+        """``x`` goes to the rank ``distance`` further on; (what arrives from as far back, the work to wait for).
+
+        An all-to-all in which every rank has something for one other: on NCCL a send and a receive, on the communicator
+        and the stream of all other collectives of the group, and in their order.
+        """
+        splits, received_splits = [0] * self.world, [0] * self.world
+        splits[(self.rank + distance) % self.world] = x.shape[0]
+        received_splits[(self.rank - distance) % self.world] = x.shape[0]
+        return self.all_to_all(x, splits, received_splits, label)
+
     def all_gather(
         self, x: Tensor, sizes: Sequence[int] | None = None, label: str = "", out: Tensor | None = None
     ) -> tuple[Tensor, Pending]:

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from msamp_like.comm import sequence_parallel
 from msamp_like.comm.group import CountedGroup
+from msamp_like.comm.overlap import Overlap
 from msamp_like.comm.sequence_parallel import Route
-from msamp_like.nn import ReadsAsBase
+from msamp_like.nn import LinearGemm, ReadsAsBase
 from msamp_like.policy import Rule
+from msamp_like.tensor import ScalingTensor
 
 
 class Shard(NamedTuple):
@@ -47,19 +49,20 @@ class Shard(NamedTuple):
 class Context:
     """The ranks that share a model's products, what its activations travel as, and who sees only a part.
 
-    ``rule`` None means: as they are. ``partial`` are replicated modules whose gradients are a rank's share of a sum. A
-    deep copy of a model has a context of its own, over the same group.
+    ``rule`` None means: as they are. With ``overlap`` exchanges run beside products. ``partial`` are replicated modules
+    whose gradients are a rank's share of a sum. A deep copy of a model has a context of its own, over the same group.
     """
 
-    def __init__(self, group: CountedGroup, *, sequence: bool) -> None:
+    def __init__(self, group: CountedGroup, *, sequence: bool, overlap: bool = False) -> None:
         self.group = group
         self.sequence = sequence
+        self.overlap = Overlap() if overlap else None
         self.rule: Rule | None = None
         self.partial: list[nn.Module] = []
         self._travel = sequence_parallel.uncompiled()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
-        made = memo[id(self)] = Context(self.group, sequence=self.sequence)
+        made = memo[id(self)] = Context(self.group, sequence=self.sequence, overlap=self.overlap is not None)
         made.rule = self.rule
         made.partial = copy.deepcopy(self.partial, memo)
         return made
@@ -79,6 +82,26 @@ class Context:
         """The sum of every rank's ``x``; under sequence parallelism this rank's part of the sequence."""
         route = self.route(label)
         return sequence_parallel.scatter(x, route) if self.sequence else sequence_parallel.reduce(x, route)
+
+    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, label: str) -> Tensor:
+        """``F.linear(enter(x), weight, bias)``, beside each other where overlap is on and the products allow."""
+        gemm = self._by_parts(weight)
+        if gemm is None or self.overlap is None:
+            return F.linear(self.enter(x, label), weight, bias)
+        output = self.overlap.gather_linear(x, weight, gemm, self.route(label))
+        return output if bias is None else output + bias.to(output.dtype)
+
+    def linear_leave(self, x: Tensor, weight: Tensor, label: str) -> Tensor:
+        """``leave(F.linear(x, weight))``, likewise."""
+        gemm = self._by_parts(weight)
+        if gemm is None or self.overlap is None:
+            return self.leave(F.linear(x, weight), label)
+        return self.overlap.linear_scatter(x, weight, gemm, self.route(label))
+
+    def _by_parts(self, weight: Tensor) -> LinearGemm | None:
+        """What takes the products of a weight part by part, beside their exchanges."""
+        gemm = weight.gemm if self.overlap is not None and isinstance(weight, ScalingTensor) else None
+        return gemm if isinstance(gemm, LinearGemm) and gemm.by_parts else None
 
 
 class Parallel:
@@ -102,8 +125,9 @@ class ColumnLinear(Parallel, ReadsAsBase, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input (..., T or T / ranks, in_features) to (..., T, out_features of this rank, or of all)."""
         if self.enters:
-            input = self.context.enter(input, self.label)
-        output = F.linear(input, self.weight, self.bias)
+            output = self.context.enter_linear(input, self.weight, self.bias, self.label)
+        else:
+            output = F.linear(input, self.weight, self.bias)
         if not self.gather_output:
             return output
         route = replace(self.context.route(f"{self.label}/output"), rule=None, dim=-1)
@@ -118,7 +142,7 @@ class RowLinear(Parallel, ReadsAsBase, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., T, in_features of this rank) to (..., T or T / ranks, out_features)."""
-        output = self.context.leave(F.linear(input, self.weight), self.label)
+        output = self.context.linear_leave(input, self.weight, self.label)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def shards(self) -> dict[str, Shard]:

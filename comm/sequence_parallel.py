@@ -14,7 +14,8 @@ https://arxiv.org/abs/1909.08053) keeps whole sequences and reduces everywhere.
     split      own part         all-gather       where a region of split sequences begins: all ranks hold ``x``
     join       all-gather       own part         where it ends and all ranks go on alike
 
-Both directions travel as the route's rule says. Left out: overlap of these exchanges with the products beside them.
+Both directions travel as the route's rule says. :mod:`.overlap` has gather and scatter in one with the products beside
+them.
 """
 
 from __future__ import annotations
@@ -87,13 +88,13 @@ def gather(x: Tensor, route: Route) -> Tensor:
 
 def scatter(x: Tensor, route: Route) -> Tensor:
     """This rank's part of the sum of all ranks' ``x``; raises ValueError where the dim does not divide by the ranks."""
-    _check_divides(x, route)
+    check_divides(x, route)
     return route.travel(x, _reduce_scatter, _all_gather, route)
 
 
 def split(x: Tensor, route: Route) -> Tensor:
     """This rank's part of ``x``, which all ranks hold; raises ValueError where the dim does not divide."""
-    _check_divides(x, route)
+    check_divides(x, route)
     return route.travel(x, _own_part, _all_gather, route)
 
 
@@ -102,7 +103,8 @@ def join(x: Tensor, route: Route) -> Tensor:
     return route.travel(x, _all_gather, _own_part, route)
 
 
-def _check_divides(x: Tensor, route: Route) -> None:
+def check_divides(x: Tensor, route: Route) -> None:
+    """Raises ValueError unless the route's dim of ``x`` divides by its ranks."""
     if x.shape[route.dim] % route.group.world:
         raise ValueError(
             f"a sequence must divide by the {route.group.world} ranks of axis {route.group.axis!r}, got "

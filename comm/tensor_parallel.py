@@ -8,7 +8,7 @@ shard. Until :func:`adopt` gives it a policy, activations travel in their own dt
 says.
 
 Left out: models on the meta device (ranks have to hold the same values, so there have to be values), dropout that
-differs between the parts of a sequence, experts, and overlap of exchanges with products.
+differs between the parts of a sequence, and experts.
 """
 
 from __future__ import annotations
@@ -85,26 +85,39 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def parallelize(
-    model: Model, mesh_or_group: DeviceMesh | dist.ProcessGroup, plan: Plan, *, sequence: bool = False
+    model: Model,
+    mesh_or_group: DeviceMesh | dist.ProcessGroup,
+    plan: Plan,
+    *,
+    sequence: bool = False,
+    overlap: bool = False,
 ) -> Model:
     """Split ``model`` in place over the ranks of a one-dimensional mesh or a group, and return it.
 
     All ranks end with the first rank's values. With ``sequence``, activations between the split products are split
-    along dim -2, which then has to divide by the ranks. Over one rank nothing is changed.
+    along dim -2, which then has to divide by the ranks. With ``overlap`` too, their exchanges run beside the products
+    of a converted model (:mod:`.overlap`): the same values, in more and smaller products. Over one rank nothing is
+    changed.
 
     Everything is checked before anything is changed. Raises ValueError for a plan that does not fit the model (a
     pattern without a match, a module matched twice, a size that does not divide by the ranks, under ``sequence`` a
-    parameter that no entry accounts for), a model that is converted or parallelized already, and if ranks differ.
+    parameter that no entry accounts for), a model that is converted or parallelized already, ``overlap`` without
+    ``sequence``, and if ranks differ.
     """
+    if overlap and not sequence:
+        raise ValueError(
+            "exchanges run beside products where sequences are split, got overlap=True with sequence=False; "
+            "give sequence=True too, or leave overlap out"
+        )
     group = _counted(mesh_or_group)
     found = checked(model, group, plan, sequence=sequence)
     if group.world == 1:
         return model
     plan_lines = {name: str(entry) for name, _, entry in found}
-    agree({"plan": plan_lines, "sequence": sequence}, group, next(model.parameters()).device)
+    agree({"plan": plan_lines, "sequence": sequence, "overlap": overlap}, group, next(model.parameters()).device)
     replicate([*model.named_parameters(), *model.named_buffers()], group)
-    shared = Context(group, sequence=sequence)
-    entered = [f"{name}." for name, _, entry in found if isinstance(entry, Enter)]
+    shared = Context(group, sequence=sequence, overlap=overlap)
+    entered = [f"{name}." if name else "" for name, _, entry in found if isinstance(entry, Enter)]
     for one in found:
         _BECOMES[type(one.entry)](one, shared, any(one.name.startswith(prefix) for prefix in entered))
     _shard(model, group)

@@ -30,19 +30,29 @@ from msamp_like import amp, checkpoint
 from msamp_like.comm.tensor_parallel import parallelize, plan_gpt
 from msamp_like.launchers import compare
 from msamp_like.launchers.corpus import Batches, Corpus, load_corpus, validation_batches
-from msamp_like.launchers.pretrain_settings import Settings, check, learning_rate, model_config, parse_overrides
+from msamp_like.launchers.pretrain_settings import (
+    Settings,
+    check,
+    learning_rate,
+    model_config,
+    parse_overrides,
+    precision,
+)
 from msamp_like.launchers.ranks import Ranks
 from msamp_like.launchers.run import FIGURE, Progress, Run, environment, peak_memory_bytes, wire_table, wire_text
 from msamp_like.launchers.settings import as_dict, dump, parse
 from msamp_like.models.gpt import GPT, GPTConfig
-from msamp_like.optim import GradientRelease
+from msamp_like.optim import GradientRelease, Muon, muon_groups
 
 LAST = 20
 """Steps over which the summary's training loss is the mean."""
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms and biases alone."""
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW, that decays matrices and leaves norms and biases alone."""
+    if settings.optimizer == "muon":
+        groups = muon_groups(model, weight_decay=settings.weight_decay)
+        return Muon(groups, lr=learning_rate(settings, 0), betas=settings.betas)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -129,7 +139,8 @@ def prepare(settings: Settings, ranks: Ranks) -> Job:
 def convert(model: GPT, config: GPTConfig, settings: Settings, ranks: Ranks) -> tuple[Any, Any]:
     """(model, optimizer) in the level's precision, over all ranks; from here on ``model`` is this rank's part of it."""
     if ranks.mesh is not None:
-        parallelize(model, ranks.mesh["tp"], plan_gpt(config), sequence=settings.sequence_parallel)
+        split = {"sequence": settings.sequence_parallel, "overlap": settings.tensor_parallel_overlap}
+        parallelize(model, ranks.mesh["tp"], plan_gpt(config), **split)
     return amp.initialize(
         model,
         make_optimizer(model, settings),
@@ -139,6 +150,7 @@ def convert(model: GPT, config: GPTConfig, settings: Settings, ranks: Ranks) -> 
         mesh=ranks.mesh,
         zero_stage=settings.zero_stage if settings.zero_stage >= 0 else None,
         gradient_release=GradientRelease(max_norm=settings.clip) if settings.gradient_release else False,
+        offload=settings.offload or None,
         seed=settings.seed,
     )
 
@@ -164,6 +176,7 @@ def train_step(job: Job, forward: Callable[..., Any], step: int) -> dict[str, An
     rate = learning_rate(job.settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
+    amp.set_precision(model, precision(job.settings, step))
     optimizer.zero_grad()
     loss = torch.zeros((), device=job.device)
     for micro_batch in range(micro_batches):
@@ -176,7 +189,7 @@ def train_step(job: Job, forward: Callable[..., Any], step: int) -> dict[str, An
         loss += micro_loss.detach() / micro_batches
     norm = None if job.settings.gradient_release else amp.clip_grad_norm_(model, job.settings.clip)
     optimizer.step()
-    norm = optimizer.released.norm if norm is None else norm
+    norm = (optimizer.released.norm if norm is None else norm).to(loss.device)
     mean_loss, grad_norm = torch.stack((ranks.sum_(loss) / ranks.data_world, norm)).tolist()  # the step's one wait
     elapsed_s = time.perf_counter() - started
     return {

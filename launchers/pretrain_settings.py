@@ -39,6 +39,7 @@ class Settings(Configurable):
 
     tensor_parallel: int = 1  # Ranks that one model is split over; the others see other samples.
     sequence_parallel: bool = False  # Split activations between the split products along the sequence too.
+    tensor_parallel_overlap: bool = False  # Multiply one part of a sequence while another travels.
     zero_stage: int = -1  # What data-parallel ranks share out: 0 nothing, 1 states, 2 gradients too (-1: the level's).
 
     batch_size: int = 8  # Sequences of a step, over all ranks and micro-batches.
@@ -46,14 +47,17 @@ class Settings(Configurable):
     lr: float = 0.0  # Peak learning rate (0: the preset's).
     warmup_steps: int = -1  # Steps of linear warm-up (-1: a tenth of the steps, at most 1,000).
     final_lr: float = 0.1  # Learning rate at the end of the cosine, as a share of the peak.
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Muon steps the matrices of hidden layers, AdamW the rest.
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors.
-    weight_decay: float = 0.1  # AdamW's decay, of matrices alone.
+    weight_decay: float = 0.1  # Decoupled decay, of matrices alone.
     clip: float = 1.0  # Largest norm of the gradient.
     gradient_release: bool = False  # Step each parameter in backward, free its gradient; clip by expected norms.
+    offload: Literal["", "cpu"] = ""  # Keep the states and the update of matrices on the host, in "cpu" memory.
     seed: int = 0  # Of the initial weights, the order of the data and stochastic rounding.
 
-    recipe: Literal["", "delayed", "current"] = ""  # Scaling of activations (empty: the level's own).
-    overrides: tuple[str, ...] = ()  # Modules kept out: pattern=product, product one of fp8, bf16, skip.
+    recipe: Literal["", "delayed", "current", "rowwise", "blockwise", "mxfp8"] = ""  # Scales (empty: the level's own).
+    overrides: tuple[str, ...] = ()  # Products by module: pattern=product, product one of fp8, smooth, bf16, skip.
+    bf16_last: float = 0.0  # Share of the steps, at the end, that take their products in BF16.
     dtype: Literal["bf16", "fp32"] = "bf16"  # Autocast of what is not in FP8.
     compile: bool = False  # Compile the model with torch.compile.
 
@@ -79,6 +83,8 @@ def check(settings: Settings, world: int) -> None:
     for name in (*sizes, "lr", "final_lr", "weight_decay", "seed", "save_every", "threads"):
         if getattr(s, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(s, name)}; raise it")
+    if not 0 <= s.bf16_last <= 1:
+        raise ValueError(f"--bf16-last is a share of the steps, 0 to 1, got {s.bf16_last}; give 0.1 for the last tenth")
     if s.zero_stage not in (-1, 0, 1, 2):
         raise ValueError(
             f"--zero-stage must be 0, 1 or 2, or -1 for the level's own, got {s.zero_stage}; sharded parameters (3) "
@@ -88,6 +94,10 @@ def check(settings: Settings, world: int) -> None:
         raise ValueError(
             f"--gradient-release frees a gradient in the backward that made it, got --micro-batches {s.micro_batches}; "
             "take one micro-batch a step, or leave it out"
+        )
+    if s.offload and s.gradient_release:
+        raise ValueError(
+            "--offload steps once all gradients are known, got it with --gradient-release; leave one of them out"
         )
     check_split(s, world)
     models = world // s.tensor_parallel
@@ -118,6 +128,11 @@ def check_split(settings: Settings, world: int) -> None:
             "--sequence-parallel needs a model split over several ranks, got --tensor-parallel 1; give "
             "--tensor-parallel 2 or more, or leave it out"
         )
+    if settings.tensor_parallel_overlap and not settings.sequence_parallel:
+        raise ValueError(
+            "--tensor-parallel-overlap is of split sequences, got it without --sequence-parallel; give both, or leave "
+            "it out"
+        )
     if settings.sequence_parallel and config.context % split:
         raise ValueError(
             f"--sequence-parallel needs a context that divides by the ranks of a model, got {config.context} tokens "
@@ -140,6 +155,11 @@ def model_config(settings: Settings) -> GPTConfig:
     """The preset with the settings' own sizes."""
     own = {name: getattr(settings, name) for name in ("vocab_size", "context", "dim", "num_layers", "num_heads")}
     return replace(PRESETS[settings.preset], **{name: size for name, size in own.items() if size})
+
+
+def precision(settings: Settings, step: int) -> str:
+    """Of the products of step number ``step``, from 0: "fp8", as the level has it, and "bf16" in the last part."""
+    return "bf16" if step >= settings.steps - round(settings.steps * settings.bf16_last) else "fp8"
 
 
 def learning_rate(settings: Settings, step: int) -> float:

@@ -6,6 +6,11 @@ shape (4, 8, 96) is 32 rows of 96, shape (96,) is one row.
 
 E4M3 and E5M2 follow the OCP 8-bit Floating Point Specification (OFP8), revision 1.0: E4M3 has no infinity. UE5M3 is the
 upper eight bits of a half's magnitude: a number without a sign and with E5M2's range, for what is never negative.
+
+E4M3FNUZ and E5M2FNUZ are what AMD's gfx94x multiplies ("finite, NaN, unsigned zero": Noune et al., "8-bit Numerical
+Formats for Deep Neural Networks", 2022, https://arxiv.org/abs/2206.02915). Their exponent bias is one more, so the same
+byte stands for half the number, and 0x80 is NaN where the others have -0. They are formats of their own; a product of
+one kind with the other is refused.
 """
 
 from __future__ import annotations
@@ -72,6 +77,22 @@ FP32 = Format(
     scaled=False,
 )
 
+E4M3FNUZ = Format(
+    name="e4m3fnuz",
+    dtype=torch.float8_e4m3fnuz,
+    largest=240.0,
+    smallest_normal=2.0**-7,
+    mantissa_bits=3,
+    scaled=True,
+)
+E5M2FNUZ = Format(
+    name="e5m2fnuz",
+    dtype=torch.float8_e5m2fnuz,
+    largest=57344.0,
+    smallest_normal=2.0**-15,
+    mantissa_bits=2,
+    scaled=True,
+)
 # torch has no such dtype: a uint8 code, shifted up by seven bits, is an FP16 number.
 UE5M3 = Format(
     name="ue5m3",
@@ -86,8 +107,10 @@ UE5M3 = Format(
 # weight. It is no number without its weight, whose scale it shares; so it is none of FORMATS.
 RESIDUAL = Format(name="residual", dtype=torch.int8, largest=127.0, smallest_normal=1.0, mantissa_bits=7, scaled=True)
 
-FORMATS: dict[str, Format] = {f.name: f for f in (E4M3, E5M2, FP16, BF16, FP32, UE5M3)}
-FP8_FORMATS = (E4M3, E5M2)
+FORMATS: dict[str, Format] = {f.name: f for f in (E4M3, E5M2, FP16, BF16, FP32, UE5M3, E4M3FNUZ, E5M2FNUZ)}
+FNUZ: dict[Format, Format] = {E4M3: E4M3FNUZ, E5M2: E5M2FNUZ}
+"""OCP format -> AMD's fnuz format of the same bits."""
+FP8_FORMATS = (E4M3, E5M2, E4M3FNUZ, E5M2FNUZ)
 FP8_DTYPES = tuple(f.dtype for f in FP8_FORMATS)
 _BY_DTYPE = {f.dtype: f for f in FORMATS.values()}
 
@@ -98,6 +121,17 @@ def format_of(dtype: torch.dtype) -> Format:
         known = ", ".join(str(d) for d in _BY_DTYPE)
         raise TypeError(f"a payload's dtype must be one of {known}, got {dtype}; cast the tensor first")
     return _BY_DTYPE[dtype]
+
+
+def check_same_kind(a: torch.dtype, b: torch.dtype) -> None:
+    """Raises ValueError where one dtype is an OCP FP8 format and the other a fnuz one: a byte of one is another number
+    in the other."""
+    fnuz = {format.dtype for format in FNUZ.values()}
+    if a in FP8_DTYPES and b in FP8_DTYPES and (a in fnuz) != (b in fnuz):
+        raise ValueError(
+            f"OCP and fnuz FP8 formats are not mixed, got {a} with {b}; store both as one kind, for example with "
+            "policy.fnuz() for a device that multiplies the fnuz formats"
+        )
 
 
 def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:

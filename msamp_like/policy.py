@@ -17,16 +17,19 @@ from msamp_like.formats import (
     BF16,
     E4M3,
     E5M2,
+    FNUZ,
     FORMATS,
     FP8_FORMATS,
     FP16,
     FP32,
     RESIDUAL,
+    ROW,
     UE5M3,
     WHOLE,
     Block,
     Format,
     check_block,
+    check_same_kind,
 )
 
 
@@ -76,9 +79,17 @@ class Rule:
                 f"a history needs one scale for the whole tensor, got history={self.history} with block={self.block}; "
                 "use history=0 with blocks"
             )
+        if self.block == (1, 32) and not self.power_of_two:
+            raise ValueError("1x32 is an MX block, scaled by a power of two, got power_of_two=False; use (1, 128)")
         for name, known in (("algorithm", ("max", "most_recent")), ("rounding", ("nearest", "stochastic", "auto"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+
+    @property
+    def one_way(self) -> bool:
+        """Whether a product that contracts over the other dim needs scales of its own: a block of one row of 128 has
+        one scale along the last dim alone, the whole tensor and a square serve both."""
+        return self.format.scaled and self.block[0] != self.block[1]
 
     def rounds_stochastically(self, beta: float | None = None) -> bool:
         """Whether a state that decays by ``beta`` a step (None: it does not decay) is rounded stochastically."""
@@ -111,6 +122,7 @@ DEFAULT_EXCEPTIONS: tuple[tuple[str, str], ...] = tuple(
 _PRODUCTS = {
     "bf16": "the three products in BF16, everything else as the level says",
     "fp8": "the three products in FP8, also where the default keeps BF16",
+    "smooth": "the three products in FP8, the input's channels brought to one size first (Smooth-SwiGLU)",
     "skip": "left alone: a plain torch module with FP32 states",
 }
 
@@ -124,7 +136,8 @@ class Policy:
     format RESIDUAL is what the weight leaves, kept by the optimizer: both together are the master (lean).
     ``zero_stage`` is what data-parallel ranks share out: 0 nothing, 1 optimizer states and masters, 2 gradients too.
     ``exceptions`` are (pattern, product) pairs; a pattern is matched against the module's full name as a shell does,
-    the last match wins, and a product is "bf16", "fp8" or "skip".
+    the last match wins, and a product is "bf16", "fp8", "smooth" (for the second linear layer of a gated product) or
+    "skip".
     """
 
     name: str
@@ -150,6 +163,8 @@ class Policy:
             if product not in _PRODUCTS:
                 known = "; ".join(f"{name!r} ({meaning})" for name, meaning in _PRODUCTS.items())
                 raise ValueError(f"the override of {pattern!r} must be one of {known}, got {product!r}")
+        for role in GEMM_ROLES:
+            check_same_kind(self.rules[GEMM_ROLES[0]].format.dtype, self.rules[role].format.dtype)
         object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
 
     def _check_format(self, role: Role) -> None:
@@ -157,7 +172,7 @@ class Policy:
         if format == RESIDUAL and (role is not Role.MASTER_WEIGHT or self.parameter is not Role.WEIGHT):
             raise ValueError(
                 f"a residual is what a weight leaves of its master, got one for {role.value} where the parameter is "
-                f"the {self.parameter.value}; give it to master_weight with parameter=Role.WEIGHT, as level lean has it"
+                f"the {self.parameter.value}; use it for master_weight with parameter=Role.WEIGHT, as level lean does"
             )
         if not format.signed and role is not Role.SECOND_MOMENT:
             raise ValueError(f"a {role.value} has a sign, got {format}, which stores none; use e4m3, say")
@@ -174,10 +189,9 @@ class Policy:
         return self[self.parameter]
 
     def master(self, weight: Format) -> Rule:
-        """The rule of the master of a weight of this format: a residual needs an 8-bit weight above it; any other has
-        its master in one part, as at O2."""
-        rule = self[Role.MASTER_WEIGHT]
-        return O2[Role.MASTER_WEIGHT] if rule.format == RESIDUAL and weight.bytes > 1 else rule
+        """Of a weight of this format; only an 8-bit one can have a residual, any other has O2's master."""
+        halved = self[Role.MASTER_WEIGHT].format == RESIDUAL
+        return (O2 if halved and weight.bytes > 1 else self)[Role.MASTER_WEIGHT]
 
     @property
     def fp8_products(self) -> bool:
@@ -185,7 +199,7 @@ class Policy:
         return all(self[role].format in FP8_FORMATS for role in GEMM_ROLES)
 
     def product(self, module_name: str) -> tuple[str, str]:
-        """("fp8" | "bf16" | "skip", the pattern that said so or "") for a module."""
+        """("fp8" | "smooth" | "bf16" | "skip", the pattern that said so or "") for a module."""
         chosen = ("fp8", "")
         for pattern, product in self.exceptions:
             if matches(module_name, pattern):
@@ -220,14 +234,30 @@ class Policy:
         return replace(self, name=f"{self.name}+{role.value}={rule.format}", rules={**self.rules, role: rule})
 
     def with_recipe(self, recipe: str) -> Policy:
-        """With the scaling of activations and their gradients as a named recipe has it: "delayed" or "current"."""
+        """With the operands of the products scaled as a named recipe has it, see :data:`RECIPES`; a role that has no
+        scale (level O0) stays as it is, and so does a weight that is half of its master, which has one scale."""
         if recipe not in RECIPES:
             raise ValueError(f"a recipe must be one of {', '.join(RECIPES)}, got {recipe!r}{_nearest(recipe, RECIPES)}")
         rules = dict(self.rules)
-        for role in (Role.INPUT, Role.GRAD_OUTPUT):
-            if rules[role].format.scaled:
-                rules[role] = replace(rules[role], history=RECIPES[recipe])
+        for role, block in zip(GEMM_ROLES, RECIPES[recipe].blocks, strict=True):
+            if rules[role].format.scaled and (role, rules[Role.MASTER_WEIGHT].format) != (Role.WEIGHT, RESIDUAL):
+                history = 0 if role is Role.WEIGHT else RECIPES[recipe].history
+                rules[role] = replace(rules[role], block=block, history=history)
+        if RECIPES[recipe].narrow_gradients and rules[Role.GRAD_OUTPUT].format.scaled:
+            rules[Role.GRAD_OUTPUT] = replace(rules[Role.GRAD_OUTPUT], format=rules[Role.INPUT].format)
         return replace(self, rules=rules)
+
+    def fnuz(self) -> Policy:
+        """With AMD's fnuz formats in place of the OCP ones, for devices that multiply those (gfx94x)."""
+        rules = {role: replace(rule, format=FNUZ.get(rule.format, rule.format)) for role, rule in self.rules.items()}
+        return replace(self, name=f"{self.name}+fnuz", rules=rules)
+
+    def with_saved_activations(self, kind: str) -> Policy:
+        """With what norms, activations and elementwise products keep for backward in FP8 groups of 128 ("fp8"), or as
+        torch keeps it ("bf16")."""
+        if kind not in SAVED_ACTIVATIONS:
+            raise ValueError(f"saved activations must be one of {', '.join(SAVED_ACTIVATIONS)}, got {kind!r}")
+        return self.with_rule(Role.SAVED_ACTIVATION, SAVED_ACTIVATIONS[kind])
 
     def __str__(self) -> str:
         held = {self.parameter: "  (the parameter)"}
@@ -237,10 +267,36 @@ class Policy:
         return "\n".join(lines)
 
 
-RECIPES: Mapping[str, int] = MappingProxyType({"delayed": 16, "current": 0})
-"""Recipe -> amax history of INPUT and GRAD_OUTPUT, in steps."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the operands of the products are scaled: blocks of INPUT, WEIGHT and GRAD_OUTPUT as the product reads them
+    that contracts over their last dim, the steps of history, and whether a scale serves so few elements that gradients
+    of outputs are in the INPUT's format, which has more precision (6 dB) and less range."""
+
+    blocks: tuple[Block, Block, Block] = (WHOLE, WHOLE, WHOLE)
+    history: int = 0
+    narrow_gradients: bool = False
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "delayed": Recipe(history=16),
+        "current": Recipe(),
+        "rowwise": Recipe(blocks=(ROW, ROW, ROW), narrow_gradients=True),
+        "blockwise": Recipe(blocks=((1, 128), (128, 128), (1, 128)), narrow_gradients=True),
+        "mxfp8": Recipe(blocks=((1, 32), (1, 32), (1, 32)), narrow_gradients=True),
+    }
+)
+"""One scale a tensor from past steps or from the tensor at hand; one a row; one a block (DeepSeek-AI, "DeepSeek-V3
+Technical Report", 2024, https://arxiv.org/abs/2412.19437); one for each 32 elements, a power of two (OCP Microscaling
+Formats (MX) Specification, revision 1.0, 2023)."""
 
 _BLOCK: Block = (1, 128)
+
+SAVED_ACTIVATIONS: Mapping[str, Rule] = MappingProxyType(
+    {"bf16": Rule(format=BF16), "fp8": Rule(format=E4M3, block=_BLOCK)}
+)
+"""What ``amp.initialize(saved_activations=...)`` takes, and the rule of SAVED_ACTIVATION that it means."""
 
 O0 = Policy(
     name="O0",
@@ -301,10 +357,8 @@ LEAN = replace(
         Role.SECOND_MOMENT: Rule(format=UE5M3, block=_BLOCK, rounding="stochastic"),
     },
 )
-"""O2 in five bytes: the E4M3 weight that products read is the upper half of its own master, both moments have 8 bits.
-
-The second moment has a format without a sign, whose bit goes to the range: E4M3 loses small values to zero, and there
-they divide (docs/explanation/numerics.md, python -m benchmarks.moments)."""
+"""O2 in five bytes: the E4M3 weight is the upper half of its master, both moments have 8 bits. That of the second has
+no sign, its bit goes to the range: E4M3 loses small values to zero, where they divide (docs/explanation/numerics.md)."""
 
 LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2, O3, LEAN)})
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from msamp_like import kernels
-from msamp_like.formats import WHOLE
+from msamp_like.formats import BF16, WHOLE
 from msamp_like.kernels import Noise, Operand
 from msamp_like.policy import Rule
 from msamp_like.tensor import ScalingTensor, unscaled
@@ -62,6 +62,7 @@ class Scaler(torch.nn.Module):
         super().__init__()
         self.rule = rule
         self.filled = 0
+        self.paused = False  # in a phase of BF16 products: nothing is quantized or recorded, the history stays
         self.delayed = False  # a flag of its own: torch.compile guards on what it reads, and the count moves each step
         if rule.history:
             self.register_buffer("history", torch.zeros(rule.history, dtype=torch.int32), persistent=False)
@@ -73,11 +74,18 @@ class Scaler(torch.nn.Module):
         self.filled = steps
         self.delayed = 0 < self.rule.history <= steps
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows may be quantized some after others, with the same result: the scale is delayed, or there is
+        none."""
+        return self.paused or self.delayed or not self.rule.format.scaled
+
     def quantize(self, x: Tensor, record: bool) -> Operand:
         """``x`` as stored; with ``record``, its amax takes part in the history."""
         rule = self.rule
-        if not rule.format.scaled:
-            return Operand(x.to(rule.format.dtype), x.new_ones(1, 1, dtype=torch.float32), WHOLE)
+        if self.paused or not rule.format.scaled:
+            format = BF16 if self.paused else rule.format
+            return Operand(x.to(format.dtype), x.new_ones(1, 1, dtype=torch.float32), WHOLE)
         x = x.contiguous()
         if not self.delayed:
             payload, scale_inv, amax = kernels.quantize_current(
@@ -89,6 +97,25 @@ class Scaler(torch.nn.Module):
         if record and rule.history:
             self.pending.copy_(torch.maximum(self.pending, amax.view(torch.int32)))
         return Operand(payload, scale_inv, rule.block)
+
+    @property
+    def one_way(self) -> bool:
+        """Whether products over the other dim need an operand of their own, see :attr:`.Rule.one_way`."""
+        return self.rule.one_way and not self.paused
+
+    def quantize_both(self, x: Tensor, record: bool, *, along: bool, across: bool) -> tuple[Any, Any]:
+        """A matrix as two products read it, two operands: one contracts over its last dim, if ``along``, the other over
+        its rows, if ``across``; None for what is not asked. The second is of the transpose where the rule is one-way,
+        else the first again."""
+        if not self.one_way:
+            both = self.quantize(x, record)
+            return both, both
+        rule = self.rule
+        if along and across:
+            made = kernels.quantize_both(x, rule.format, rule.block, rule.margin, rule.power_of_two)
+            return Operand(*made[:2], rule.block), Operand(*made[2:], rule.block)
+        # one-way rules have blocks, hence no history to record in
+        return self.quantize(x, record) if along else None, self.quantize(x.t(), record) if across else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scaler:
         """A model that was initialized on the meta device gets memory here, which holds anything but an empty

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from msamp_like import kernels
 from msamp_like.formats import RESIDUAL, WHOLE
 from msamp_like.kernels import Noise, Operand, Row
 from msamp_like.optim import residual, saving
+from msamp_like.optim.offload import Home, Offloaded
+from msamp_like.optim.placement import Placement
 from msamp_like.optim.release import GradientRelease, Released
 from msamp_like.policy import O2, Policy, Role, Rule
 from msamp_like.scaling import quantize
@@ -26,27 +28,6 @@ logger = logging.getLogger(__name__)
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
-
-
-class Placement(Protocol):
-    """Which of the parameters this rank steps, and what brings their new values to the other ranks."""
-
-    def owns(self, parameter: Tensor) -> bool:
-        """Whether this rank steps the parameter and keeps its states."""
-        ...
-
-    def ends_part(self, position: int) -> bool:
-        """Whether new values leave as soon as parameter number ``position`` is passed: those after it are stepped
-        later."""
-        ...
-
-    def passed(self, position: int) -> None:
-        """The step is done with parameter number ``position``, whether it changed or not."""
-        ...
-
-    def finish(self) -> None:
-        """Return when every parameter has its new value."""
-        ...
 
 
 class LowPrecisionOptimizer(torch.optim.Optimizer):
@@ -68,6 +49,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    needs_whole_matrices: ClassVar[bool] = False
+    """Whether an update reads more of a matrix than the element that it writes: a shard cannot be stepped alone."""
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, policy: Policy | None = None, seed: int = 0
@@ -81,6 +64,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.before_update: Callable[[], None] | None = None
         self.placement: Placement | None = None
         self.released: Released | None = None
+        self.home = Home()
 
     def place(self, placement: Placement) -> None:
         """Step only what ``placement`` says that this rank owns; states of other parameters are dropped."""
@@ -100,10 +84,20 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.released = Released(settings, [p for p, _ in pairs], self._finiteness, update)
         return self.released
 
+    def offload(self) -> Offloaded:
+        """Keep matrices' states and masters on the host, and step them there, from now on; see :mod:`.offload`."""
+        self.home = offloaded = Offloaded([p for p, _ in self._parameters()], self._finiteness)
+        self.place(offloaded)
+        return offloaded
+
     def _owns(self, param: Tensor) -> bool:
         return self.placement is None or self.placement.owns(param)
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
+
+    def roles_of(self, group: Group) -> Mapping[str, Role]:
+        """The states of a group's parameters, where groups differ; ``roles`` then names those of all."""
+        return self.roles
 
     def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
         """Pure FP32 update: new [param, *states] from the old; ``step`` counts from 1."""
@@ -126,6 +120,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.home.collect()
         if self.before_update is not None:
             self.before_update()
         if self.released is not None:
@@ -133,6 +128,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if not self._gradients_are_finite():
             self.skipped_steps += 1
             self._consecutive_skips += 1
+            self.home.drop()
             logger.warning(
                 "a gradient is not finite: step skipped (%d skipped so far, %d in a row)",
                 self.skipped_steps,
@@ -141,7 +137,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             return loss
         self._consecutive_skips = 0
         for group, members in self._parts():
-            stepped = [(i, p) for i, p in members if p.grad is not None and self._owns(p)]
+            stepped = [(i, p) for i, p in members if self.home.gradient(p) is not None and self._owns(p)]
             self.step_together(stepped, group)
             if self.placement is not None:
                 for index, _ in members:
@@ -170,9 +166,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """Round accumulated gradients, then ask all of them, on all ranks, with one read of the device."""
         flags = []
         for param, _ in self._parameters():
-            if param.grad is None:
+            grad = self.home.gradient(param)
+            if grad is None:
                 continue
-            if param.grad.is_sparse:
+            if grad.is_sparse:
                 raise RuntimeError("a gradient must be dense, got a sparse one; use nn.Embedding(sparse=False)")
             flags.append(torch.isfinite(self._finiteness(param)).all())
         if self.agree_max is None:
@@ -185,6 +182,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def _finiteness(self, param: Tensor) -> Tensor:
         """A small tensor that is finite if and only if the gradient is."""
+        found = self.home.finiteness(param)
+        if found is not None:
+            return found
         grad = param.grad
         if not isinstance(grad, ScalingTensor):
             return kernels.amax(grad.contiguous(), WHOLE)  # type: ignore[union-attr]
@@ -197,7 +197,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """Step parameters of one group, given with their positions among all; one kernel call for a device."""
         tables: dict[torch.device, list[Row]] = {}
         for index, param in members:
-            tables.setdefault(param.device, []).append(self._row(param, group, index))
+            tables.setdefault(self.home.device(param), []).append(self._row(param, group, index))
         for rows in tables.values():
             if not self.fused_update(rows, group):
                 for row in rows:
@@ -206,7 +206,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             written = [part.payload for row in rows for part in (row.param, row.copy) if part is not None]
             torch.autograd.graph.increment_version(written)
         for _, param in members:
-            master = self.state[param].get("master_weight")
+            master, param = self.state[param].get("master_weight"), self.home.twin(param)
             if isinstance(param, ScalingTensor) and self._in_two_parts(param):
                 param.recorded = True
             elif master is not None and self._copy_of(param) is None:
@@ -214,8 +214,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def _row(self, param: Tensor, group: Group, index: int) -> Row:
         """The stored tensors of one parameter; counts the step."""
-        state = self._initialized(param)
+        state = self._initialized(param, group)
         state["step"] += 1
+        param = self.home.twin(param)
         where = (index, state["step"]) if isinstance(param, ScalingTensor) else None
         betas = self.betas(group)
         master, copy, rest = state.get("master_weight", param), None, None
@@ -226,7 +227,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         return Row(
             param=self._operand(master, Role.MASTER_WEIGHT, None, where),
             grad=self._operand(param.grad, Role.GRAD_WEIGHT, None, None),  # type: ignore[arg-type]
-            states=tuple(self._operand(state[n], role, betas.get(n), where) for n, role in self.roles.items()),
+            states=tuple(
+                self._operand(state[name], role, betas.get(name), where) for name, role in self.roles_of(group).items()
+            ),
             step=state["step"],
             copy=copy,
             residual=rest,
@@ -235,7 +238,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     def _copy_of(self, param: Tensor) -> Operand | None:
         """A parameter that is made from its master each step, as kernels write it; None where ``copy_`` must."""
         if isinstance(param, ScalingTensor):
-            param.cast_to_update()
+            param.agreed = False
+            param.drop_casts()  # a kernel writes the weight itself and no copy in yet another format
             return param.operand
         if param.dtype not in (torch.bfloat16, torch.float32) or not param.is_contiguous():
             return None
@@ -265,26 +269,27 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if where is not None and self.policy[role].rounds_stochastically(beta):
             noise = Noise(self.seed, *where, role.index)
         if isinstance(tensor, ScalingTensor):
-            return Operand(tensor.payload, tensor.scale_inv, tensor.block, noise)
+            return Operand(*tensor.operand[:3], noise)
         # a gradient may have any dtype; the others are FP32 here, so that this is the tensor itself and no copy
         return Operand(tensor.float(), torch.ones(1, 1, dtype=torch.float32, device=tensor.device), WHOLE, None)
 
     # --- states -----------------------------------------------------------------------------------------------------
 
-    def _initialized(self, param: Tensor) -> State:
+    def _initialized(self, param: Tensor, group: Group) -> State:
         state = self.state[param]
         if "step" not in state:
             state["step"] = 0
-        for name, role in self.roles.items():
+        for name, role in self.roles_of(group).items():
             if name not in state:
-                zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+                zeros = torch.zeros(param.shape, dtype=torch.float32, device=self.home.device(param))
                 state[name] = self.stored(param, zeros, role)
         if "master_weight" in state or not self._keeps_master(param):
             return state
-        if isinstance(param, ScalingTensor) and self._in_two_parts(param):
-            state.update(residual.split_(param, real(param)))
+        twin = self.home.twin(param)
+        if isinstance(twin, ScalingTensor) and self._in_two_parts(twin):
+            state.update(residual.split_(twin, real(twin)))
         else:
-            state["master_weight"] = self.stored(param, real(param), Role.MASTER_WEIGHT)
+            state["master_weight"] = self.stored(twin, real(twin), Role.MASTER_WEIGHT)
         return state
 
     def _keeps_master(self, param: Tensor) -> bool:
@@ -297,8 +302,15 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """Whether the parameter is the upper half of its master, and the state ``master_weight`` the lower."""
         return isinstance(param, ScalingTensor) and self.policy.master(param.format).format == RESIDUAL
 
+    def _in_halves(self, param: Tensor, write: Callable[[ScalingTensor], State]) -> State:
+        """The states that ``write`` makes of a weight, which it may change."""
+        states = write(self.home.twin(param))  # type: ignore[arg-type]
+        self.home.send(param)
+        return states
+
     def stored(self, param: Tensor, value: Tensor, role: Role) -> Tensor:
         """A state of ``param`` as it is kept: per the policy for a converted matrix, plain FP32 for anything else."""
+        value = value.to(self.home.device(param))
         if not isinstance(param, ScalingTensor):
             return value.detach().float().clone()
         rule: Rule = self.policy.master(param.format) if role is Role.MASTER_WEIGHT else self.policy[role]
@@ -306,16 +318,18 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             return value.detach().float().clone()
         return quantize(value.detach().float(), rule)
 
-    def adopt(self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None) -> None:
+    def adopt(
+        self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None, group: Group | None = None
+    ) -> None:
         """Take over the states of an optimizer that has stepped, and the master of a weight that is now stored."""
         if not self._owns(param):
             return
         taken: State = {"step": saving.steps(states)}
-        for name, role in self.roles.items():
+        for name, role in (self.roles if group is None else self.roles_of(group)).items():
             if states.get(name) is not None:
                 taken[name] = self.stored(param, states[name], role)
-        if original is not None and isinstance(param, ScalingTensor) and self._in_two_parts(param):
-            taken.update(residual.split_(param, original))
+        if original is not None and self._in_two_parts(param):
+            taken.update(self._in_halves(param, lambda twin: residual.split_(twin, original)))
         elif original is not None and self._keeps_master(param):
             taken["master_weight"] = self.stored(param, original, Role.MASTER_WEIGHT)
         self.state[param].update(taken)
@@ -325,6 +339,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             f"a {type(self).__name__} belongs to the model it was initialized with and is neither copied nor pickled; "
             "copy or save amp.state_dict(model, optimizer)"
         )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's, of gradients wherever they are."""
+        super().zero_grad(set_to_none)
+        self.home.drop()
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -346,9 +365,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in old.items() if key != "params"})
         self.state.clear()
-        for param, saved in saving.pairs(self, state_dict):
+        for param, its_group, saved in saving.matched(self, state_dict):
             if self._owns(param):
-                self._load_parameter(param, saved)
+                self._load_parameter(param, saved, its_group)
         self.seed = int(state_dict.get("seed", self.seed))
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
         if self.released is not None:
@@ -356,18 +375,18 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def check_state(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless :meth:`load_state_dict` can take all of ``state_dict``; nothing is written."""
-        saving.check(self, state_dict, self.roles, self._in_two_parts)
+        saving.check(self, state_dict, self.roles_of, self._in_two_parts)
 
-    def _load_parameter(self, param: Tensor, saved: Mapping[str, Any]) -> None:
+    def _load_parameter(self, param: Tensor, saved: Mapping[str, Any], group: Group) -> None:
         state: State = {"step": saving.steps(saved)}
-        for name, role in (*self.roles.items(), ("master_weight", Role.MASTER_WEIGHT)):
+        for name, role in (*self.roles_of(group).items(), ("master_weight", Role.MASTER_WEIGHT)):
             value = saved.get(name)
             if value is None or (name == "master_weight" and not self._keeps_master(param)):
                 continue
-            if name == "master_weight" and isinstance(param, ScalingTensor) and self._in_two_parts(param):
-                state.update(residual.load(param, saved))
+            if name == "master_weight" and self._in_two_parts(param):
+                state.update(self._in_halves(param, lambda twin: residual.load(twin, saved)))
                 continue
-            fresh = self.stored(param, torch.zeros(param.shape, device=param.device), role)
+            fresh = self.stored(param, torch.zeros(param.shape), role)
             fresh.copy_(value)
             state[name] = fresh
         self.state[param] = state

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from msamp_like.optim.adam import Adam, AdamW
-from msamp_like.optim.base import LowPrecisionOptimizer, Placement
+from msamp_like.optim.base import LowPrecisionOptimizer
 from msamp_like.optim.lion import Lion
+from msamp_like.optim.muon import Muon
+from msamp_like.optim.placement import Placement
 from msamp_like.optim.sgd import SGD
 from msamp_like.policy import Policy
 
@@ -18,7 +20,8 @@ _OURS: Mapping[type[torch.optim.Optimizer], type[LowPrecisionOptimizer]] = {
     torch.optim.AdamW: AdamW,
     torch.optim.Adam: Adam,
     torch.optim.SGD: SGD,
-    **{ours: ours for ours in (Adam, AdamW, SGD, Lion)},
+    torch.optim.Muon: Muon,
+    **{ours: ours for ours in (Adam, AdamW, SGD, Lion, Muon)},
 }
 _REFUSED = ("amsgrad", "maximize", "differentiable")
 
@@ -46,21 +49,25 @@ def from_torch(
     originals: Mapping[Tensor, Tensor],
     seed: int,
     placement: Placement | None = None,
+    *,
+    offload: bool = False,
 ) -> LowPrecisionOptimizer:
     """Ours in place of ``optimizer``, with the very same group dicts: a scheduler that holds the old one drives ours.
 
     ``originals`` are the FP32 values of the converted parameters, from which masters are made; of those that
-    ``placement`` gives to other ranks none is.
+    ``placement`` gives to other ranks none is. With ``offload`` states and masters are made on the host.
     """
     ours: Any = check(optimizer)  # each has its own hyperparameters, which the groups hold already
     made: LowPrecisionOptimizer = ours(optimizer.param_groups, policy=policy, seed=seed)
     made.defaults = {**optimizer.defaults}
     if placement is not None:
         made.place(placement)
+    if offload:
+        made.offload()
     for group in made.param_groups:
         for param in group["params"]:
             states: Mapping[str, Any] = optimizer.state.get(param, {})
-            made.adopt(param, states, originals.get(param))
+            made.adopt(param, states, originals.get(param), group)
     optimizer.state.clear()  # its states are ours now; two copies would double the memory
     made.register_step_post_hook(_tells_schedulers(optimizer))
     return made

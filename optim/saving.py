@@ -13,12 +13,12 @@ from msamp_like.optim.residual import AMAX
 Saved = Mapping[str, Any]
 
 
-def pairs(optimizer: torch.optim.Optimizer, state_dict: Saved) -> Iterable[tuple[Tensor, Saved]]:
-    """Each parameter that has a saved state, and the state."""
-    parameters = [param for group in optimizer.param_groups for param in group["params"]]
+def matched(optimizer: torch.optim.Optimizer, state_dict: Saved) -> Iterable[tuple[Tensor, Saved, Saved]]:
+    """Each parameter that has a saved state, its group, and the state."""
+    parameters = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-    matched = zip(parameters, indices, strict=True)
-    return ((param, state_dict["state"][i]) for param, i in matched if i in state_dict["state"])
+    pairs = zip(parameters, indices, strict=True)
+    return ((param, group, state_dict["state"][i]) for (param, group), i in pairs if i in state_dict["state"])
 
 
 def steps(states: Saved) -> int:
@@ -30,18 +30,18 @@ def steps(states: Saved) -> int:
 def check(
     optimizer: torch.optim.Optimizer,
     state_dict: Saved,
-    names: Iterable[str],
+    names_of: Callable[[Saved], Iterable[str]],
     in_two_parts: Callable[[Tensor], bool],
 ) -> None:
-    """Raise ValueError unless ``optimizer``, whose states are called ``names``, can take all of ``state_dict``."""
+    """Raise ValueError unless ``optimizer`` can take all of ``state_dict``; ``names_of`` a group are its states'."""
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (optimizer.param_groups, state_dict["param_groups"]))
     if sizes != saved_sizes:
         raise ValueError(
             f"a saved optimizer state must have the same parameter groups, got sizes {saved_sizes} for {sizes}; "
             "build the optimizer as it was when the state was saved"
         )
-    for param, saved in pairs(optimizer, state_dict):
-        found = set(saved) - {"step", "master_weight", AMAX}
+    for param, group, saved in matched(optimizer, state_dict):
+        names, found = names_of(group), set(saved) - {"step", "master_weight", AMAX}
         if found and found != set(names):
             raise ValueError(
                 f"a saved optimizer state must be of a {type(optimizer).__name__}, whose states are "

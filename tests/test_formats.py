@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ml_dtypes
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,10 @@ from hypothesis import strategies as st
 from msamp_like.formats import (
     BF16,
     E4M3,
+    E4M3FNUZ,
     E5M2,
+    E5M2FNUZ,
+    FNUZ,
     FORMATS,
     FP16,
     FP32,
@@ -20,12 +25,13 @@ from msamp_like.formats import (
     WHOLE,
     block_extent,
     check_block,
+    check_same_kind,
     format_of,
     grid_shape,
     matrix_shape,
 )
-from msamp_like.kernels import dequantize, quantize_current, reference
-from tests.closeness import sqnr
+from msamp_like.kernels import dequantize, quantize, quantize_current, reference
+from tests.closeness import same_bits, sqnr
 
 BLOCKS = [WHOLE, ROW, (1, 128), (128, 128), (1, 32)]
 OF_TORCH = [f for f in FORMATS.values() if f.dtype.is_floating_point]
@@ -83,7 +89,7 @@ def test_casts_between_all_formats(source, target):
     before = payload.float().clone()
     values = dequantize(payload, scale_inv, WHOLE, torch.float32)
     back = dequantize(*quantize_current(values, target, WHOLE)[:2], WHOLE, torch.float32)
-    floor = 0.13 if E5M2 in (source, target) else 0.1  # half a step of E5M2 alone is 12.5 %
+    floor = 0.13 if {E5M2, E5M2FNUZ} & {source, target} else 0.1  # half a step of E5M2 alone is 12.5 %
     torch.testing.assert_close(back, x, rtol=floor, atol=0.1)
     assert torch.equal(payload.float(), before)
 
@@ -167,3 +173,51 @@ def test_a_grid_covers_its_tensor_and_no_more(shape, block):
 def test_bad_blocks_are_refused(block):
     with pytest.raises(ValueError, match="a block is two sizes"):
         check_block(block)
+
+
+# --- AMD's fnuz formats -----------------------------------------------------------------------------------------------
+
+_PEERS = {E4M3FNUZ: ml_dtypes.float8_e4m3fnuz, E5M2FNUZ: ml_dtypes.float8_e5m2fnuz}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", _PEERS, ids=str)
+def test_fnuz_casts_are_those_of_ml_dtypes(format, dtype):
+    """Every number of 16 bits: normal, subnormal, both zeros, what saturates. A block with no finite amax is flagged
+    before it is cast, so NaN is no input."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.isfinite()]
+    payload = reference.quantize(x, torch.ones(1, 1), format, WHOLE)
+    expected = x.float().clamp(-format.largest, format.largest).numpy().astype(_PEERS[format])
+    assert numpy.array_equal(payload.view(torch.uint8).numpy(), expected.view(numpy.uint8))
+    assert same_bits(quantize(x, torch.ones(1, 1), format, WHOLE), payload)
+
+
+@pytest.mark.parametrize("format", _PEERS, ids=str)
+def test_fnuz_codes_decode_as_ml_dtypes_reads_them(format):
+    codes = torch.arange(256, dtype=torch.uint8)
+    ours = dequantize(codes.view(format.dtype), torch.ones(1, 1), WHOLE, torch.float32)
+    expected = torch.from_numpy(codes.numpy().view(_PEERS[format]).astype(numpy.float32))
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert ours.isnan().sum() == 1
+    assert torch.equal(ours[~ours.isnan()], expected[~expected.isnan()])
+
+
+@pytest.mark.parametrize("format", FNUZ, ids=str)
+def test_one_kind_becomes_the_other_without_loss(format):
+    """All numbers of an OCP format, halved, are numbers of the fnuz one: the scale takes up the factor. The bytes
+    themselves, read as the other kind, would be other numbers."""
+    codes = torch.arange(256, dtype=torch.uint8).view(format.dtype)
+    values = codes.float()[codes.float().isfinite()]
+    payload, scale_inv, _ = quantize_current(values, FNUZ[format], WHOLE)
+    assert torch.equal(dequantize(payload, scale_inv, WHOLE, torch.float32), values)
+    misread = codes.view(FNUZ[format].dtype).float()[codes.float().isfinite()]
+    assert not torch.equal(misread, values)
+
+
+def test_kinds_are_not_mixed():
+    for a, b in ((E4M3, E4M3FNUZ), (E5M2FNUZ, E4M3)):
+        with pytest.raises(ValueError, match=f"not mixed, got {a.dtype} with {b.dtype}; store both"):
+            check_same_kind(a.dtype, b.dtype)
+    for a, b in ((E4M3, E5M2), (E5M2FNUZ, E4M3FNUZ), (BF16, E4M3FNUZ)):
+        check_same_kind(a.dtype, b.dtype)

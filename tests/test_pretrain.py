@@ -145,10 +145,11 @@ def test_a_batch_divides_by_the_models_not_by_the_ranks() -> None:
 STEPS = ("--steps", "8", "--save-every", "4", "--eval-every", "4")
 
 
-@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
-def test_a_resume_continues_to_the_bit(text: Path, tmp_path: Path, level: str) -> None:
+@pytest.mark.parametrize(("level", "optimizer"), [("O0", "adamw"), ("O1", "adamw"), ("O2", "adamw"), ("O2", "muon")])
+def test_a_resume_continues_to_the_bit(text: Path, tmp_path: Path, level: str, optimizer: str) -> None:
     """Past step 16, when the amax histories are full and what they hold decides the scales."""
     arguments = ("--steps", "20", "--save-every", "18", "--level", level, "--micro-batches", "2")
+    arguments += ("--optimizer", optimizer)
     straight = run(text, tmp_path / "straight", *arguments)
     resumed = run(text, tmp_path / "resumed", *arguments, "--resume", str(tmp_path / "straight" / "step-000018"))
     assert results(resumed) == results(straight)[18:]
@@ -217,6 +218,7 @@ def test_what_a_writer_that_died_has_left_does_not_bar_the_way(text: Path, tmp_p
         ("--tensor-parallel 2", "--tensor-parallel must divide the number of ranks, got 2 for 1; give"),
         ("--tensor-parallel 0", "--tensor-parallel must be positive, got 0"),
         ("--sequence-parallel", "--sequence-parallel needs a model split over several ranks, got --tensor-parallel 1"),
+        ("--tensor-parallel-overlap", "--tensor-parallel-overlap is of split sequences, got it without"),
         ("--zero-stage 3", "--zero-stage must be 0, 1 or 2, or -1 for the level's own, got 3"),
         ("--steps 0", "--steps must be positive, got 0"),
         ("--lr -1", "--lr must not be negative, got -1"),

@@ -1,5 +1,7 @@
 """Prints the PTX of the main kernels for ``sys.argv[1]``, a compute capability such as 90; needs no device.
 
+``sys.argv[2]`` is "exact" (casts, products and Adam) or "fused" (norms, activations, softmax).
+
 A process of its own, because the compiler takes a device where it finds one.
 """
 
@@ -12,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from msamp_like.kernels import triton_adam, triton_casts
+from msamp_like.kernels import triton_adam, triton_both, triton_casts, triton_fused, triton_products, triton_softmax
 
 _TILE = {"PADDED": 128, "ELEMENTS": 128, "GROUP": 16, "TILES": 1}
 _CURRENT = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": False}
@@ -28,22 +30,86 @@ _ADAM = {
 }
 _SCALES = {"scale_inv": "*fp32", "amax": "*i32"}
 _STATES = {f"{name}_scale_inv": "*fp32" for name in ("param", "grad", "first", "second")}
+_BOTH = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": True, "RUN": 32, "SQUARE": 128}
+_BOTH_POINTERS = {"x": "*i16", "payload": "*u8", "scale_inv": "*fp32", "crossed": "*u8", "crossed_scale_inv": "*fp32"}
+_PRODUCT = {"A_FORMAT": "e5m2", "B_FORMAT": "e4m3", "FORMAT": "bf16", "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
+_PRODUCT_POINTERS = {"a": "*u8", "a_scale_inv": "*fp32", "b": "*u8", "b_scale_inv": "*fp32", "product": "*i16"}
 _KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
-    (triton_casts._quantize_current_kernel, {"x": "*i16", "payload": "*u8", **_SCALES}, _CURRENT),
-    (triton_casts._quantize_kernel, {"x": "*i32", "payload": "*i16", **_SCALES}, _NOISY),
-    (triton_casts._dequantize_kernel, {"payload": "*u8", "scale_inv": "*fp32", "x": "*i16"}, _DEQUANTIZE),
+    (triton_casts._quantize_current_kernel, {"x": "*i16", "payload": "*u8", **_SCALES}, _CURRENT | _TILE),
+    (triton_casts._quantize_kernel, {"x": "*i32", "payload": "*i16", **_SCALES}, _NOISY | _TILE),
+    (triton_casts._dequantize_kernel, {"payload": "*u8", "scale_inv": "*fp32", "x": "*i16"}, _DEQUANTIZE | _TILE),
     (
         triton_adam._adam_kernel,
         {"param": "*i16", "grad": "*u8", "first": "*u8", "second": "*i16", "flags": "*i32", **_STATES},
-        _ADAM,
+        _ADAM | _TILE,
+    ),
+    (triton_both._both_kernel, _BOTH_POINTERS, _BOTH),
+    (triton_products._product_kernel, _PRODUCT_POINTERS, _PRODUCT),
+]
+_ROW = {"GROUPS": 8, "BLOCK": 128}
+_KEPT = {"KEPT_FORMAT": "e4m3", **_ROW}
+_OUT = {"OUT_FORMAT": "e4m3", "HOW": "groups"}
+_NORM = {"CENTERED": True, "WEIGHTED": True, "X_FORMAT": "bf16", "BIASED": True, **_OUT, **_KEPT}
+_NORM_BACKWARD = {"CENTERED": True, "WEIGHTED": True, "GRAD_FORMAT": "bf16", "OUT_FORMAT": "bf16", **_KEPT}
+_GATED = {"KIND": "silu", "GATED": True, "GATE_FORMAT": "bf16", "VALUE_FORMAT": "bf16", **_OUT, **_KEPT}
+_GELU = {"KIND": "gelu", "GATED": False, "GRAD_FORMAT": "bf16", **_OUT, **_KEPT}
+_WRITTEN = {"payload": "*u8", **_SCALES, "kept": "*u8", "kept_scale_inv": "*fp32"}
+_VECTORS = {"weight": "*fp32", "bias": "*fp32", "inverse": "*fp32"}
+_FUSED: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+    (triton_fused._norm_kernel, {"x": "*i16", **_VECTORS, **_WRITTEN}, _NORM),
+    (
+        triton_fused._norm_backward_kernel,
+        {"grad": "*i16", **_VECTORS, **_WRITTEN, "grad_input": "*i16", "grad_weight": "*fp32", "grad_bias": "*fp32"},
+        _NORM_BACKWARD,
+    ),
+    (
+        triton_fused._activation_kernel,
+        {
+            "gate": "*i16",
+            "value": "*i16",
+            "kept_gate": "*u8",
+            "gate_scale_inv": "*fp32",
+            **_WRITTEN,
+            "kept_value": "*u8",
+            "value_scale_inv": "*fp32",
+        },
+        _GATED,
+    ),
+    (
+        triton_fused._activation_backward_kernel,
+        {
+            "grad": "*i16",
+            "kept_gate": "*u8",
+            "gate_scale_inv": "*fp32",
+            "kept_value": "*u8",
+            "value_scale_inv": "*fp32",
+            "grad_gate": "*u8",
+            "grad_value": "*u8",
+            "grad_value_amax": "*i32",
+            "grad_value_scale_inv": "*fp32",
+            **_SCALES,
+        },
+        _GELU,
+    ),
+    (
+        triton_softmax._softmax_kernel,
+        {"logits": "*i32", "sums": "*fp32", **_WRITTEN},
+        {"X_FORMAT": "fp32", **_KEPT},
+    ),
+    (
+        triton_softmax._softmax_backward_kernel,
+        {**_WRITTEN, "targets": "*i64", "grad": "*fp32", "result": "*i32"},
+        {"OUT_FORMAT": "fp32", **_KEPT},
     ),
 ]
 _FLOATS = ("keep", "weight_decay", "beta1", "rest1", "beta2", "rest2", "rate", "eps")
+_SETS = {"exact": _KERNELS, "fused": _FUSED}
 
 
 def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> str:
     """PTX of ``kernel`` with the launch options that the twins use."""
-    constants = constants | _TILE
+    if kernel is triton_products._product_kernel:
+        constants = constants | {"UNITS": capability >= 89}
     kinds = pointers | dict.fromkeys(_FLOATS, "fp32") | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
@@ -52,4 +118,4 @@ def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capabi
 
 
 if __name__ == "__main__":
-    print(*(ptx(*kernel, int(sys.argv[1])) for kernel in _KERNELS))
+    print(*(ptx(*kernel, int(sys.argv[1])) for kernel in _SETS[sys.argv[2]]))

@@ -22,7 +22,10 @@ from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.hierarchical import PARTIAL_SUMS, TwoLevelGroup, check_nodes, two_level
 from msamp_like.comm.zero import OwnedWeights, Zero
 from msamp_like.nn import conversion
+from msamp_like.nn.saved_activations import SavedActivations
+from msamp_like.nn.saved_activations import check_rule as check_saved
 from msamp_like.optim import GradientRelease, LowPrecisionOptimizer, check, from_torch
+from msamp_like.optim.offload import Offloaded, holding_weights
 from msamp_like.policy import Policy, Role
 from msamp_like.scaling import Scaler, roll
 from msamp_like.tensor import ScalingTensor
@@ -41,6 +44,7 @@ def initialize(
     *,
     recipe: str | None = None,
     overrides: Mapping[str, str] | None = None,
+    saved_activations: str | None = None,
     mesh: DeviceMesh | None = None,
     zero_stage: int | None = None,
     overlap_forward: bool = False,
@@ -49,15 +53,18 @@ def initialize(
     ranks_per_node: int | None = None,
     bucket_bytes: int | None = None,
     gradient_release: bool | GradientRelease = False,
+    offload: str | None = None,
     seed: int = 0,
 ) -> tuple[Model, Any]:
     """Convert ``model`` in place to train in FP8 and return it with the optimizer that steps it.
 
     ``level`` is "O0", "O1", "O2", "O3", "lean" or a :class:`~msamp_like.policy.Policy`. ``recipe`` is "delayed" (the
-    level's own) or "current". ``overrides`` maps module-name patterns to "fp8", "bf16" or "skip". ``optimizer`` is the
-    torch optimizer built on the model's parameters (one of ours comes back), a sequence of them (a list does), or None
-    (None does) for a model that only runs; schedulers built on it go on working. ``seed`` starts the random stream of
-    stochastic rounding.
+    level's own), "current", "rowwise", "blockwise" or "mxfp8" (:data:`~msamp_like.policy.RECIPES`). ``overrides`` maps
+    module-name patterns to "fp8", "smooth", "bf16" or "skip". ``optimizer`` is the torch optimizer built on the model's
+    parameters (one of ours comes back), a sequence of them (a list does), or None (None does) for a model that only
+    runs; schedulers built on it go on working. ``seed`` starts the random stream of stochastic rounding.
+    ``saved_activations="fp8"`` keeps what norms, activations and elementwise products need for backward in FP8 groups
+    (:mod:`msamp_like.nn.saved_activations`), "bf16" as torch does; None is the level's own.
 
     Where a process group of more than one rank is initialised the model becomes data-parallel over it, or over
     ``process_group``, unless ``data_parallel=False``. ``mesh`` says instead which ranks are data-parallel ("dp"),
@@ -78,6 +85,13 @@ def initialize(
     zero for its parameter instead of skipping the step; the learning rate is the one at backward; several backwards a
     step are refused (:mod:`msamp_like.optim.release`).
 
+    With ``offload="cpu"`` the optimizer's states, masters and update of matrices are on the host; FP8 gradients go down
+    as soon as they are complete and FP8 weights come up as soon as they are stepped (:mod:`msamp_like.optim.offload`).
+    The parameter then holds the weight that products read, whatever the level: at O1 and O2 its FP16 master is the
+    optimizer's, on the host, where as elsewhere it is the parameter. A gradient that is complete is no longer in
+    ``.grad``: clip with ``amp.clip_grad_norm_(model, ...)``, run all micro-batches of a step but the last in
+    ``model.no_sync()``; a step uses gradients up.
+
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
     override or mesh axis, ranks that do not fill their nodes, a model that is converted already or has nothing to
     convert, an optimizer that cannot be mapped or holds parameters that are not the model's, and a parameter in two
@@ -86,7 +100,10 @@ def initialize(
     policy = policies.resolve(level)
     policy = policy.with_recipe(recipe) if recipe is not None else policy
     policy = policy.override(overrides) if overrides else policy
+    policy = policy.with_saved_activations(saved_activations) if saved_activations is not None else policy
+    check_saved(policy[Role.SAVED_ACTIVATION])
     policy = replace(policy, zero_stage=zero_stage) if zero_stage is not None else policy
+    policy = holding_weights(policy) if offload is not None else policy
     several = isinstance(optimizer, Sequence)
     sources = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     _check(model, sources, overrides or {})
@@ -95,11 +112,13 @@ def initialize(
     release = GradientRelease() if gradient_release is True else gradient_release or None
     if release is not None:
         _check_release(axes, policy)
+    if offload is not None:
+        _check_offload(offload, axes, policy, released=release is not None, optimizers=len(sources))
     if ranks_per_node is not None:
         check_nodes(ranks_per_node, axes.data.world if axes.data is not None else 1)
 
     settings: dict[str, Any] = {"ranks_per_node": ranks_per_node, "bucket_bytes": bucket_bytes, "seed": seed}
-    settings["gradient_release"] = str(release)
+    settings.update(gradient_release=str(release), offload=str(offload))
     _agree(axes, policy, settings, next((p.device for p in model.parameters()), torch.device("cpu")))
     if ranks_per_node is not None and axes.data is not None:
         axes.data = two_level(ranks_per_node, axes.data.group, axes.data.axis)
@@ -110,10 +129,14 @@ def initialize(
     tensor_parallel.adopt(model, policy)
     wiring = Wiring(policy, plans, axes)
     adopt_class(model, wiring)
+    if policy[Role.SAVED_ACTIVATION].format.scaled:
+        wiring.save_activations(model, SavedActivations(policy[Role.SAVED_ACTIVATION]))
     wiring.round_gradients(originals, scattered=_split_parameters(model))
     _reduce_together(model, wiring, bucket_bytes)
-    optimizers = [_optimizer(source, wiring, originals, seed, overlap_forward) for source in sources]
+    wired = {"overlap_forward": overlap_forward, "offload": offload is not None}
+    optimizers = [_optimizer(source, wiring, originals, seed, **wired) for source in sources]
     _roll_with(model, optimizers, wiring)
+    _offload(optimizers, wiring)
     if release is not None:
         _release(optimizers, wiring, release)
     axes.end_step()  # what made the ranks alike is no part of the first step
@@ -198,22 +221,59 @@ def _optimizer(
     wiring: Wiring,
     originals: Mapping[Tensor, Tensor],
     seed: int,
+    *,
     overlap_forward: bool,
+    offload: bool,
 ) -> LowPrecisionOptimizer:
     parameters = [p for group in source.param_groups for p in group["params"]]
     placement = None
     if isinstance(wiring.reducer, Zero):
         placement = OwnedWeights(parameters, wiring.reducer, overlap_forward=overlap_forward)
-    made = from_torch(source, wiring.policy, originals, seed, placement)
+    made = from_torch(source, wiring.policy, originals, seed, placement, offload=offload)
     wiring.placements.append(placement)
     if wiring.norms is not None:
         made.agree_max = wiring.axes.agree_max
     return made
 
 
-def _check_release(axes: Axes, policy: Policy) -> None:
+def _shared_out(axes: Axes, policy: Policy) -> list[str]:
+    """What has a rank step a part of the parameters alone."""
     split = [name for name, group in (("tp", axes.tensor), ("pp", axes.pipeline)) if group is not None]
-    split += ["zero_stage"] if policy.zero_stage and axes.data is not None else []
+    return split + (["zero_stage"] if policy.zero_stage and axes.data is not None else [])
+
+
+def _check_offload(offload: str, axes: Axes, policy: Policy, *, released: bool, optimizers: int) -> None:
+    if offload != "cpu":
+        raise ValueError(f'states are offloaded to the "cpu", got offload={offload!r}; give "cpu", or None for none')
+    if released:
+        raise ValueError(
+            "an offloaded parameter is stepped once all gradients are known, got gradient_release beside offload, "
+            "which steps in backward; leave gradient_release out: offloaded gradients are freed all the same"
+        )
+    if not optimizers:
+        raise ValueError(
+            "offload moves what an optimizer keeps, got no optimizer; give one, or for shards under fully_shard "
+            "cpu_offload of msamp_like.integrations.fsdp2"
+        )
+    split = _shared_out(axes, policy)
+    if split:
+        raise ValueError(
+            "offloaded parameters are stepped by one process, or by data-parallel ranks that all step every parameter, "
+            f"got {' and '.join(split)}; leave offload out, or give zero_stage=0 and no tp or pp axis"
+        )
+
+
+def _offload(optimizers: Sequence[LowPrecisionOptimizer], wiring: Wiring) -> None:
+    """Have each gradient go down when it is there: from backward, or from the reducer that has its mean."""
+    wiring.homes = homes = [o.home for o in optimizers if isinstance(o.home, Offloaded)]
+    if homes and wiring.reducer is not None:
+        wiring.reducer.on_mean = lambda parameter: [home.take(parameter) for home in homes]
+    else:
+        wiring.removable += [handle for home in homes for handle in home.hooks()]
+
+
+def _check_release(axes: Axes, policy: Policy) -> None:
+    split = _shared_out(axes, policy)
     if split:
         raise ValueError(
             "gradients are released by one process, or by data-parallel ranks that all step every parameter, got "
@@ -248,14 +308,20 @@ def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], overri
             )
     known = {id(p): name for name, p in model.named_parameters()}
     owner: dict[int, int] = {}
+    split = {id(p) for p in _split_parameters(model)}
     for number, optimizer in enumerate(optimizers):
-        check(optimizer)
+        needs_whole = check(optimizer).needs_whole_matrices
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in known:
                     raise ValueError(
                         f"an optimizer's parameters must be the model's, got one of shape {tuple(parameter.shape)} "
                         "that is not; build it on model.parameters() of this very model, after moving it to its device"
+                    )
+                if needs_whole and id(parameter) in split:
+                    raise ValueError(
+                        f"a {type(optimizer).__name__} steps whole matrices, got {known[id(parameter)]!r}, which is "
+                        "split over ranks; step split parameters with AdamW, in an optimizer of their own"
                     )
                 if owner.setdefault(id(parameter), number) != number:
                     raise ValueError(
@@ -320,6 +386,8 @@ def restore(model: nn.Module) -> nn.Module:
     conversion.check_swappable((n, p) for n, p in model.named_parameters() if isinstance(p, ScalingTensor))
     for removable in wiring.removable:
         removable.remove()
+    if wiring.saved is not None:
+        wiring.saved.enabled = False  # a deep copy has hooks that no handle of ours removes
     if wiring.reducer is not None:
         wiring.reducer.remove()
     tensor_parallel.forget(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from msamp_like.amp.wiring import wiring_of
 from msamp_like.comm.ledger import Line, ledger
 from msamp_like.comm.zero import OwnedWeights
 from msamp_like.nn import clip_grad
+from msamp_like.nn.functional import LinearGemm
 from msamp_like.optim import LowPrecisionOptimizer
 from msamp_like.scaling import Scaler
 from msamp_like.telemetry import memory
@@ -31,7 +33,32 @@ def clip_grad_norm_(model: nn.Module | Tensor | Iterable[Tensor], max_norm: floa
             "gradients are clipped while they exist, got clip_grad_norm_ with gradient_release, which has freed them; "
             "initialize with gradient_release=GradientRelease(max_norm=...) of msamp_like.optim"
         )
-    return clip_grad.clip_grad_norm_(model.parameters(), max_norm, norm_type, reduction=wiring_of(model).norms)
+    wiring = wiring_of(model)
+    for home in wiring.homes:
+        home.collect()
+    return clip_grad.clip_grad_norm_(wiring.stepped(model.parameters()), max_norm, norm_type, reduction=wiring.norms)
+
+
+def set_precision(model: nn.Module, precision: str) -> None:
+    """Take the products of the FP8 layers in "bf16" from now on, or in "fp8" again, as the policy says.
+
+    For phases of a run, its last tenth say; between two steps, and alike on every rank. Weights, gradients, moments and
+    what travels stay as they are, amax histories wait, and :func:`state_dict` saves the phase. A BF16 copy of a weight,
+    2 bytes an element where the parameter is not BF16 itself, then takes the place of the E4M3 one.
+    """
+    if precision not in ("fp8", "bf16"):
+        raise ValueError(f'a phase takes its products in "fp8" or "bf16", got {precision!r}; choose one of the two')
+    wiring_of(model)
+    for gemm in _gemms(model):
+        gemm.pause(precision == "bf16")
+
+
+def _gemms(model: nn.Module) -> list[LinearGemm]:
+    return [module for module in model.modules() if isinstance(module, LinearGemm)]
+
+
+def _precision(model: nn.Module) -> str:
+    return "bf16" if any(gemm.paused for gemm in _gemms(model)) else "fp8"
 
 
 def _scalers(model: nn.Module) -> Iterator[tuple[str, Scaler]]:
@@ -58,6 +85,7 @@ def state_dict(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[Low
         "model": dict(model.state_dict()),
         "optimizers": saved,
         "scalers": {name: scaler.state() for name, scaler in _scalers(model)},
+        "precision": _precision(model),
     }
 
 
@@ -96,23 +124,38 @@ def load_state_dict(
         one.load_state_dict(saved)
     for name, scaler in scalers.items():
         scaler.load_state(state["scalers"][name])
+    set_precision(model, state.get("precision", "fp8"))
 
 
 # --- proof ----------------------------------------------------------------------------------------------------------
 
 
 def fp8_report(model: nn.Module) -> Report:
-    """Every Linear and embedding: in FP8 or not, why not, and the share of the FLOPs and bytes. Print it."""
+    """Every Linear and embedding: in FP8 or not now, why not, its share of FLOPs and bytes; and how what else is kept
+    for backward is stored. Print it."""
     wiring = wiring_of(model)
-    return make_report(wiring.policy.name, wiring.plans)
+    paused = {id(gemm) for gemm in _gemms(model) if gemm.paused}
+    plans = [
+        replace(plan, product="bf16", reason='for now: amp.set_precision(model, "bf16")')
+        if plan.product == "fp8" and id(plan.module.gemm) in paused
+        else plan
+        for plan in wiring.plans
+    ]
+    return make_report(wiring.policy, plans)
 
 
 def state_bytes(model: nn.Module, optimizer: LowPrecisionOptimizer | Sequence[LowPrecisionOptimizer]) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer states by role, measured on the tensors that exist now."""
+    """Bytes of weights, gradients and optimizer states by role, measured on the tensors that exist now.
+
+    With ``offload`` what is on the host is apart, as ``host_weight``, ``host_grad_weight`` and so on: states, and the
+    buffers that weights leave from and gradients land in.
+    """
     optimizers = _listed(optimizer)
     states = [(p, s) for o in optimizers for p, s in o.state.items()]
     roles = {name: role for o in optimizers for name, role in o.roles.items()}
-    return memory.state_bytes(model, states, roles, wiring_of(model).policy.parameter)
+    wiring = wiring_of(model)
+    sides = {id(p): side for home in wiring.homes for p, side in home.sides()}
+    return memory.state_bytes(model, states, roles, wiring.policy.parameter, sides if wiring.homes else None)
 
 
 def wire_bytes(model: nn.Module) -> dict[str, int] | None:

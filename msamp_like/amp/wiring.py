@@ -15,6 +15,8 @@ from msamp_like.comm.data_parallel import DataParallel
 from msamp_like.comm.zero import OwnedWeights
 from msamp_like.nn.conversion import Plan
 from msamp_like.nn.linear import rearm_hooks
+from msamp_like.nn.saved_activations import SavedActivations
+from msamp_like.optim.offload import Offloaded, holding
 from msamp_like.policy import Policy, Role, Rule
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, real, unscaled
@@ -32,9 +34,11 @@ class Wiring:
         self.placements: list[OwnedWeights | None] = []
         self.rounded: list[Tensor] = []
         self.scattered: list[Tensor] = []
+        self.saved: SavedActivations | None = None
         self.removable: list[Any] = []
         self.released = False
         self.releases_gradients = False
+        self.homes: list[Offloaded] = []
 
     def round_gradients(self, parameters: Iterable[Tensor], scattered: Sequence[Tensor]) -> None:
         """Have the first gradient of each of the parameters stored as the policy says, and marked if ``scattered``."""
@@ -46,8 +50,19 @@ class Wiring:
                 hook = _rounds_first(parameter, rule, id(parameter) in elsewhere)
                 self.removable.append(parameter.register_hook(hook))
 
+    def save_activations(self, model: nn.Module, saved: SavedActivations) -> None:
+        """Have what the model keeps for backward stored as ``saved`` says."""
+        self.saved = saved
+        self.removable += saved.attach(model)
+
+    def stepped(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """What stands for each of the parameters where it is stepped, and has its gradient."""
+        found = {id(p): side[0] for home in self.homes for p, side in home.sides()}
+        return [found.get(id(p), p) for p in parameters]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
         made = Wiring(self.policy, [copy.deepcopy(plan, memo) for plan in self.plans], Axes())
+        made.saved = copy.deepcopy(self.saved, memo)
         made.round_gradients(copy.deepcopy(self.rounded, memo), copy.deepcopy(self.scattered, memo))
         return made
 
@@ -74,14 +89,21 @@ class Converted:
     _wiring: Wiring
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, backward accumulates gradients on this rank; the first backward outside of it reduces the sum."""
+        """Within it, backward accumulates gradients on this rank, on their device; the first backward outside of it
+        reduces the sum, or sends it to the host."""
         reducer = self._wiring.reducer
         if self._wiring.releases_gradients:
             raise RuntimeError(
                 "micro-batches add up in gradients that stay, got no_sync() with gradient_release, which frees each in "
                 "the backward that made it; take one larger batch a step, or initialize without gradient_release"
             )
-        return reducer.no_sync() if reducer is not None else contextlib.nullcontext()
+        return reducer.no_sync() if reducer is not None else holding(self._wiring.homes)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's, of gradients wherever they are."""
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+        for home in self._wiring.homes:
+            home.drop()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What ``to``, ``cuda`` and ``half`` call. torch exchanges the contents of our weights there, and their hooks,

@@ -35,12 +35,12 @@ from msamp_like.integrations.fsdp2_communication import communicate
 from msamp_like.integrations.fsdp2_optimizer import (
     ShardedOptimizer,
     agree_on_scales,
+    check_rowwise,
     device_of,
     local_of,
     rows_of,
     shard_of,
 )
-from msamp_like.optim import check
 from msamp_like.policy import Policy, Role
 from msamp_like.scaling import Scaler
 from msamp_like.telemetry.report import Report
@@ -81,7 +81,8 @@ def fully_shard(
     Raises ValueError, before the model is converted, for a level whose parameter is not the E4M3 or BF16 weight, a mesh
     of two dims, a pattern that matches nothing, and an optimizer that holds parameters that are not the model's.
     """
-    policy = _checked_policy(policies.resolve(level))
+    policy = policies.resolve(level)
+    policy = _checked_policy(policy if recipe is None else policy.with_recipe(recipe))
     _check_reduce(reduce)
     _check_plain(model)
     mesh = _checked_mesh(mesh, model)
@@ -91,7 +92,7 @@ def fully_shard(
     members = [] if optimizer is None else _names_of(optimizer, names)
     replicate([*model.named_parameters(), *model.named_buffers()], group)
     originals = {n: shard_of(p.detach(), group).float().clone() for n, p in model.named_parameters() if p.dim() > 1}
-    amp.initialize(model, None, policy, recipe=recipe, overrides=overrides, data_parallel=False)
+    amp.initialize(model, None, policy, overrides=overrides, data_parallel=False)
     moments = {} if optimizer is None else {names[id(p)]: optimizer.state.pop(p) for p in list(optimizer.state)}
     offload = CPUOffloadPolicy(pin_memory=False) if cpu_offload else OffloadPolicy()
     modules.append(model)
@@ -157,7 +158,8 @@ def _checked_policy(policy: Policy) -> Policy:
         raise ValueError(
             "FSDP2 gathers what a parameter holds, which has to be the weight with one scale, got policy "
             f"{policy.name}, whose parameter is {policy.parameter.value} ({policy.parameter_rule}); use level O3, or "
-            "O0 for BF16"
+            "O0 for BF16; and for a recipe with blocks, level=O3.with_recipe(name).with_rule('weight', "
+            "Rule(format=E4M3)), which leaves its one scale to the weight"
         )
     if policy[Role.MASTER_WEIGHT].format == RESIDUAL:
         raise ValueError(
@@ -212,7 +214,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
 
 
 def _names_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[list[str]]:
-    check(optimizer)
+    check_rowwise(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) not in names:

@@ -24,6 +24,17 @@ from msamp_like.tensor import ScalingTensor, real
 logger = logging.getLogger(__name__)
 
 
+def check_rowwise(optimizer: torch.optim.Optimizer) -> type[LowPrecisionOptimizer]:
+    """The class of ours that steps the shards; raises ValueError for one that needs whole matrices."""
+    ours = check(optimizer)
+    if ours.needs_whole_matrices:
+        raise ValueError(
+            f"sharded parameters are stepped row by row, got {ours.__name__}, which needs whole matrices; use AdamW "
+            "here, or amp.initialize with ZeRO, whose owners have whole tensors"
+        )
+    return ours
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
     """One of our optimizers on this rank's shards; made by :func:`fully_shard` or :func:`attach`.
 
@@ -55,7 +66,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._scalers = tuple(scalers)
         self._names = {id(p): names[id(p)] for g in self.param_groups for p in g["params"]}
         self._held: dict[int, Tensor] = {id(p): _alias(local_of(p)) for p in self._parameters()}
-        ours: Any = check(source)
+        ours: Any = check_rowwise(source)
         groups = [
             {**g, "params": [self._held[id(p)] for p in g["params"] if self._held[id(p)].numel()]}
             for g in self.param_groups

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msamp_like.formats import Block, Format, format_of, grid_shape
-from msamp_like.kernels import cpu, reference, reference_updates, table
+from msamp_like.formats import Block, Format, check_same_kind, format_of, grid_shape
+from msamp_like.kernels import attention as attention_reference
+from msamp_like.kernels import cpu, grouped, reference, reference_updates, table
 from msamp_like.kernels.reference import Noise, Operand
 from msamp_like.kernels.reference_updates import (
     AdamScalars,
@@ -42,10 +43,14 @@ __all__ = [
     "adam_steps_",
     "adam_update",
     "amax",
+    "attention_backward",
+    "attention_forward",
     "dequantize",
     "dequantize_with_residual",
+    "grouped_matmul",
     "quantize",
     "quantize_amax",
+    "quantize_both",
     "quantize_current",
     "quantize_with_residual",
     "scale_inv_from_amax",
@@ -60,9 +65,20 @@ _SCHEMAS = (
     "quantize_amax(Tensor x, Tensor scale_inv, ScalarType dtype, int[2] block) -> (Tensor, Tensor)",
     "quantize_current(Tensor x, ScalarType dtype, int[2] block, int margin, bool power_of_two)"
     " -> (Tensor, Tensor, Tensor)",
+    "quantize_both(Tensor x, ScalarType dtype, int[2] block, int margin, bool power_of_two)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "dequantize(Tensor payload, Tensor scale_inv, int[2] block, ScalarType dtype) -> Tensor",
     "scaled_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
     " str layout, ScalarType dtype) -> Tensor",
+    "grouped_matmul(Tensor a, Tensor a_scale_inv, int[2] a_block, Tensor b, Tensor b_scale_inv, int[2] b_block,"
+    " Tensor offsets, str layout, ScalarType dtype) -> Tensor",
+    "attention_forward(Tensor query, Tensor query_scale_inv, int[2] query_block,"
+    " Tensor key, Tensor key_scale_inv, int[2] key_block, Tensor value, Tensor value_scale_inv, int[2] value_block,"
+    " float scale, bool causal, ScalarType dtype) -> (Tensor, Tensor)",
+    "attention_backward(Tensor query, Tensor query_scale_inv, int[2] query_block,"
+    " Tensor key, Tensor key_scale_inv, int[2] key_block, Tensor value, Tensor value_scale_inv, int[2] value_block,"
+    " Tensor grad, Tensor grad_scale_inv, int[2] grad_block, Tensor log_sum, Tensor delta,"
+    " float scale, bool causal, ScalarType format, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
     " Tensor value) -> ()",
     f"adam_steps_({table.SCHEMA}, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled)"
@@ -105,14 +121,46 @@ def quantize_current(
     return _OPS.quantize_current.default(x, format.dtype, block, margin, power_of_two)
 
 
+def quantize_both(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`.reference.quantize_both`."""
+    return _OPS.quantize_both.default(x, format.dtype, block, margin, power_of_two)
+
+
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference.dequantize`."""
     return _OPS.dequantize.default(payload, scale_inv, block, dtype)
 
 
 def scaled_matmul(a: Operand, b: Operand, layout: str, dtype: torch.dtype) -> Tensor:
-    """See :func:`.reference.scaled_matmul`; the order of the sum is the device's, so the last bits may differ."""
+    """See :func:`.reference.scaled_matmul`; the order of the sum is the device's, so the last bits may differ.
+
+    Raises ValueError for an OCP and a fnuz FP8 operand together.
+    """
+    check_same_kind(a.payload.dtype, b.payload.dtype)
     return _OPS.scaled_matmul.default(*a[:3], *b[:3], layout, dtype)
+
+
+def grouped_matmul(a: Operand, b: Operand, offsets: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+    """See :mod:`.grouped`; the order of the sum is the device's, so the last bits may differ."""
+    return _OPS.grouped_matmul.default(*a[:3], *b[:3], offsets, layout, dtype)
+
+
+def attention_forward(
+    query: Operand, key: Operand, value: Operand, scale: float, causal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See :func:`.attention.attention`."""
+    return _OPS.attention_forward.default(*query[:3], *key[:3], *value[:3], scale, causal, dtype)
+
+
+def attention_backward(
+    query: Operand, key: Operand, value: Operand, grad_output: Operand, log_sum: Tensor, delta: Tensor,
+    scale: float, causal: bool, format: Format, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`.attention.attention_backward`."""
+    operands = (*query[:3], *key[:3], *value[:3], *grad_output[:3], log_sum, delta)
+    return _OPS.attention_backward.default(*operands, scale, causal, format.dtype, dtype)
 
 
 def store_(target: Operand, value: Tensor) -> None:
@@ -141,10 +189,17 @@ def _on_cpu(name: str) -> ModuleType:
 @functools.cache
 def _on_cuda(name: str) -> ModuleType:
     """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
-    file = {"adam_steps_": "triton_adam", "scaled_matmul": "cuda"}.get(name, "triton_casts")
+    files = {
+        "adam_steps_": "triton_adam",
+        "scaled_matmul": "cuda",
+        "quantize_both": "triton_both",
+        "grouped_matmul": "triton_grouped",
+        "attention": "triton_attention",
+        "attention_backward": "triton_attention",
+    }
     if importlib.util.find_spec("triton") is None:
         return _elsewhere(name)
-    twin = importlib.import_module(f"msamp_like.kernels.{file}")
+    twin = importlib.import_module(f"msamp_like.kernels.{files.get(name, 'triton_casts')}")
     return twin if hasattr(twin, name) else _elsewhere(name)
 
 
@@ -182,6 +237,12 @@ class _Device:
         twin = self.pick("quantize_current")
         return twin.quantize_current(x.contiguous(), format_of(dtype), _block(block), margin, power_of_two)
 
+    def quantize_both(
+        self, x: Tensor, dtype: torch.dtype, block: list[int], margin: int, power_of_two: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        twin = self.pick("quantize_both")
+        return twin.quantize_both(x.contiguous(), format_of(dtype), _block(block), margin, power_of_two)
+
     def dequantize(self, payload: Tensor, scale_inv: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
         return self.pick("dequantize").dequantize(payload.contiguous(), scale_inv, _block(block), dtype)
 
@@ -189,6 +250,24 @@ class _Device:
         a, b = _operand(*arguments[:3]), _operand(*arguments[3:6])
         with torch.autocast(a.payload.device.type, enabled=False):  # which would take the product in FP16 and overflow
             return self.pick("scaled_matmul").scaled_matmul(a, b, *arguments[6:])
+
+    def grouped_matmul(self, *arguments: Any) -> Tensor:
+        a, b = _operand(*arguments[:3]), _operand(*arguments[3:6])
+        twin, multiply = self.pick("grouped_matmul"), self.pick("scaled_matmul").scaled_matmul
+        with torch.autocast(a.payload.device.type, enabled=False):
+            if hasattr(twin, "grouped_matmul") and twin.takes(a, b):
+                return twin.grouped_matmul(a, b, *arguments[6:])
+            offsets, layout, dtype = arguments[6:]
+            return grouped.by_expert(a, b, offsets, layout, dtype, multiply)
+
+    def attention_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        operands, (scale, causal, dtype) = _operands(arguments[:9]), arguments[9:]
+        return _attention(self.pick("attention")).attention(*operands, scale, causal, dtype)
+
+    def attention_backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        operands, (log_sum, delta, scale, causal, format, dtype) = _operands(arguments[:12]), arguments[12:]
+        twin = _attention(self.pick("attention_backward"))
+        return twin.attention_backward(*operands, log_sum, delta, scale, causal, format_of(format), dtype)
 
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
@@ -211,6 +290,14 @@ def _operand(payload: Tensor, scale_inv: Tensor, block: list[int], noise: list[i
     return Operand(payload, scale_inv, _block(block), _noise(noise))
 
 
+def _operands(arguments: tuple[Any, ...]) -> list[Operand]:
+    return [_operand(*arguments[i : i + 3]) for i in range(0, len(arguments), 3)]
+
+
+def _attention(twin: Any) -> Any:
+    return twin if hasattr(twin, "attention_backward") else attention_reference
+
+
 # --- shapes, for torch.compile and FakeTensor -----------------------------------------------------------------------
 
 
@@ -222,12 +309,24 @@ def _empty_grid(x: Tensor, block: list[int]) -> Tensor:
     return torch.empty(grid_shape(x.shape, _block(block)), dtype=torch.float32, device=x.device)
 
 
+def _empty_both(x: Tensor, dtype: torch.dtype, block: list[int], margin: int, power_of_two: bool) -> tuple[Tensor, ...]:
+    crossed = torch.empty(x.t().shape, dtype=x.dtype, device=x.device)
+    return _empty_payload(x, dtype), _empty_grid(x, block), _empty_payload(crossed, dtype), _empty_grid(crossed, block)
+
+
 def _empty_product(
     a: Tensor, a_scale_inv: Tensor, a_block: list[int], b: Tensor, b_scale_inv: Tensor, b_block: list[int],
     layout: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     left, right = reference.transposed(a, layout[0]), reference.transposed(b, layout[1])
     return torch.empty((left.shape[0], right.shape[1]), dtype=dtype, device=a.device)
+
+
+def _empty_grouped(
+    a: Tensor, a_scale_inv: Tensor, a_block: list[int], b: Tensor, b_scale_inv: Tensor, b_block: list[int],
+    offsets: Tensor, layout: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return grouped.empty_product(a, b, offsets, layout, dtype)
 
 
 _SHAPES: dict[str, Callable[..., Any]] = {
@@ -242,8 +341,17 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         _empty_grid(x, block),
         _empty_grid(x, block),
     ),
+    "quantize_both": _empty_both,
     "dequantize": lambda payload, scale_inv, block, dtype: _empty_payload(payload, dtype),
     "scaled_matmul": _empty_product,
+    "grouped_matmul": _empty_grouped,
+    "attention_forward": lambda query, *rest: (
+        torch.empty(query.shape, dtype=rest[-1], device=query.device),
+        torch.empty(query.shape[:3], dtype=torch.float32, device=query.device),
+    ),
+    "attention_backward": lambda *arguments: tuple(
+        torch.empty(arguments[i].shape, dtype=arguments[-1], device=arguments[i].device) for i in (0, 3, 6)
+    ),
     "store_": lambda *arguments: None,
     "adam_steps_": lambda *arguments: None,
 }

@@ -6,6 +6,7 @@
 // pool of threads serves both.
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -205,9 +206,12 @@ struct Kernels {
     void (*dequantize)(const Cast&, int64_t, int64_t);
 };
 
+#include "cpu_fused_types.h"
+
 #define ISA baseline
 #define LANES 4
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 
@@ -218,6 +222,7 @@ struct Kernels {
 #define ISA avx2
 #define LANES 8
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 #pragma GCC pop_options
@@ -227,6 +232,7 @@ struct Kernels {
 #define ISA avx512
 #define LANES 16
 #include "cpu_kernels.h"
+#include "cpu_fused.h"
 #undef ISA
 #undef LANES
 #pragma GCC pop_options
@@ -349,3 +355,5 @@ EXPORT void msamp_dequantize(const uint8_t* payload, int in, float* scale_inv, u
     cast.streams = is_large(cast);
     cast_all(cast, kernels(simd).dequantize, threads);
 }
+
+#include "cpu_fused_exports.h"

@@ -3,8 +3,8 @@
 The library is optional. Where it was not built or cannot be loaded, :func:`status` says why and the reference runs. It
 uses OpenMP without bringing a runtime: torch's own is made visible before loading, so both share one pool of threads.
 
-Where a case has no fast path (float64 input) the functions here call the reference themselves: the result is the same,
-bit for bit.
+Where a case has no fast path (float64 input, AMD's fnuz formats) the functions here call the reference themselves: the
+result is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class _Native:
         self.quantize = library.msamp_quantize
         self.quantize_current = library.msamp_quantize_current
         self.dequantize = library.msamp_dequantize
+        self.library = library  # cpu_fused.py has functions of its own in it
         self.simd: int = library.msamp_simd()
 
 
@@ -135,8 +136,8 @@ def _noise(noise: Noise | None) -> _Noise | None:
     return None if noise is None else _Noise(*reference.noise_keys(noise), noise.role & 2)
 
 
-def _has_fast_path(x: Tensor) -> bool:
-    return x.dtype in _REAL_DTYPES and x.numel() > 0
+def _has_fast_path(x: Tensor, stored: torch.dtype = torch.float32) -> bool:
+    return x.dtype in _REAL_DTYPES and x.numel() > 0 and stored in _TYPES
 
 
 def _scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
@@ -161,7 +162,7 @@ def amax(x: Tensor, block: Block) -> Tensor:
 
 def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_two: bool = True) -> Tensor:
     """See :func:`.reference.scale_inv_from_amax`."""
-    if amax.dtype != torch.float32:
+    if amax.dtype != torch.float32 or format.dtype not in _TYPES:
         return reference.scale_inv_from_amax(amax, format, margin, power_of_two)
     amax = amax.contiguous()
     scale_inv = torch.empty_like(amax)
@@ -171,7 +172,7 @@ def scale_inv_from_amax(amax: Tensor, format: Format, margin: int = 0, power_of_
 
 def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: Noise | None = None) -> Tensor:
     """See :func:`.reference.quantize`."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize(x, scale_inv, format, block, noise)
     payload = torch.empty(x.shape, dtype=format.dtype)
     quantize_into(payload, x, scale_inv, block, noise)
@@ -180,7 +181,7 @@ def quantize(x: Tensor, scale_inv: Tensor, format: Format, block: Block, noise: 
 
 def quantize_amax(x: Tensor, scale_inv: Tensor, format: Format, block: Block) -> tuple[Tensor, Tensor]:
     """See :func:`.reference.quantize_amax`; reads ``x`` once."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize_amax(x, scale_inv, format, block)
     payload = torch.empty(x.shape, dtype=format.dtype)
     largest = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
@@ -209,16 +210,26 @@ def quantize_current(
     x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`.reference.quantize_current`; reads ``x`` once where a block is a run of at most 4096 elements."""
-    if not _has_fast_path(x):
+    if not _has_fast_path(x, format.dtype):
         return reference.quantize_current(x, format, block, margin, power_of_two)
     payload = torch.empty(x.shape, dtype=format.dtype)
     scale_inv = torch.empty(grid_shape(x.shape, block), dtype=torch.float32)
     return payload, scale_inv, _quantize_current(payload, scale_inv, block, None, x, format, margin, power_of_two)
 
 
+def quantize_both(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`.reference.quantize_both`; two passes and a transposed copy between them."""
+    payload, scale_inv, _ = quantize_current(x, format, block, margin, power_of_two)
+    crossed, crossed_scale_inv, _ = quantize_current(x.t().contiguous(), format, block, margin, power_of_two)
+    return payload, scale_inv, crossed, crossed_scale_inv
+
+
 def store_(target: Operand, value: Tensor) -> None:
     """See :func:`.reference.store_`; writes in place."""
-    if not _has_fast_path(value) or not (target.payload.is_contiguous() and target.scale_inv.is_contiguous()):
+    contiguous = target.payload.is_contiguous() and target.scale_inv.is_contiguous()
+    if not _has_fast_path(value, target.payload.dtype) or not contiguous:
         return reference.store_(target, value)
     _scales(target.scale_inv, value.shape, target.block)
     format = format_of(target.payload.dtype)
@@ -248,7 +259,7 @@ def _quantize_current(
 
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference.dequantize`."""
-    if payload.numel() == 0 or dtype not in _REAL_DTYPES:
+    if payload.numel() == 0 or dtype not in _REAL_DTYPES or payload.dtype not in _TYPES:
         return reference.dequantize(payload, scale_inv, block, dtype)
     real = torch.empty(payload.shape, dtype=dtype)
     dequantize_into(real, payload, scale_inv, block)

@@ -148,6 +148,19 @@ def quantize_current(
     return quantize(x, scale_inv, format, block), scale_inv, largest
 
 
+def quantize_both(
+    x: Tensor, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`quantize_current` of a matrix and of its transpose: (payload, scale_inv, payload, scale_inv).
+
+    What a product reads that contracts over the columns, and what one reads that contracts over the rows: both have
+    their blocks along the last dim. A twin reads ``x`` once.
+    """
+    payload, scale_inv, _ = quantize_current(x, format, block, margin, power_of_two)
+    crossed, crossed_scale_inv, _ = quantize_current(x.t().contiguous(), format, block, margin, power_of_two)
+    return payload, scale_inv, crossed, crossed_scale_inv
+
+
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """``payload * scale_inv`` in FP32, rounded once to ``dtype``; shape of ``payload``."""
     matrix = decode(payload.reshape(matrix_shape(payload.shape)))

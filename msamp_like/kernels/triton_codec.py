@@ -16,7 +16,7 @@ import struct
 import triton
 import triton.language as tl
 
-from msamp_like.formats import E4M3, E5M2, FP16, UE5M3, Format
+from msamp_like.formats import E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, FP16, UE5M3, Format
 
 
 def _fp32_bits(value: float) -> int:
@@ -35,12 +35,17 @@ BF16_LARGEST = tl.constexpr(0x7F7F0000)
 FP16_OVERFLOW = tl.constexpr(0x477FF000)  # 65520: from here on, the nearest FP16 is infinity
 E4M3_LARGEST = tl.constexpr(_fp32_bits(E4M3.largest))
 E5M2_LARGEST = tl.constexpr(_fp32_bits(E5M2.largest))
+E4M3FNUZ_LARGEST = tl.constexpr(_fp32_bits(E4M3FNUZ.largest))
 FP16_LARGEST = tl.constexpr(_fp32_bits(FP16.largest))
 UE5M3_LARGEST = tl.constexpr(_fp32_bits(UE5M3.largest))
 E4M3_FIELD = tl.constexpr(_smallest_field(E4M3))
 E5M2_FIELD = tl.constexpr(_smallest_field(E5M2))
 FP16_FIELD = tl.constexpr(_smallest_field(FP16))
 UE5M3_FIELD = tl.constexpr(_smallest_field(UE5M3))
+E4M3FNUZ_FIELD = tl.constexpr(_smallest_field(E4M3FNUZ))
+E5M2FNUZ_FIELD = tl.constexpr(_smallest_field(E5M2FNUZ))
+E4M3FNUZ_UNIT = tl.constexpr(2.0**119)  # an FP32 number of the same exponent field is this much too small
+E5M2FNUZ_UNIT = tl.constexpr(2.0**111)
 MAX_EXPONENT = tl.constexpr(126)  # reference.MAX_EXPONENT
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
 LARGEST_SCALE = tl.constexpr(2.0**126)
@@ -63,6 +68,10 @@ def decode(raw, FORMAT: tl.constexpr):
         value = (raw.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     elif FORMAT == "ue5m3":
         value = (raw.to(tl.int32) << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "e4m3fnuz":
+        value = _decode_fnuz(raw.to(tl.int32), 3, E4M3FNUZ_UNIT)
+    elif FORMAT == "e5m2fnuz":
+        value = _decode_fnuz(raw.to(tl.int32), 2, E5M2FNUZ_UNIT)
     else:
         # As FP16 bits an E4M3 number is 2^8 too small (biases 7 and 15), subnormals included; 0x7F is NaN, not 480.
         code = raw.to(tl.int32)
@@ -70,6 +79,14 @@ def decode(raw, FORMAT: tl.constexpr):
         value = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
         value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
     return value
+
+
+@triton.jit
+def _decode_fnuz(code, MANTISSA: tl.constexpr, UNIT: tl.constexpr):
+    """The magnitude read as the top of an FP32 number, subnormals included, times a power of two; 0x80 is NaN."""
+    magnitude = ((code & 0x7F) << (23 - MANTISSA)).to(tl.float32, bitcast=True) * UNIT
+    value = tl.where(code >= 0x80, -magnitude, magnitude)
+    return tl.where(code == 0x80, float("nan"), value)
 
 
 @triton.jit
@@ -95,6 +112,12 @@ def encode(value, random, FORMAT: tl.constexpr, NOISY: tl.constexpr):
     elif FORMAT == "ue5m3":
         code = _code(tl.where(bits < 0, 0, tl.minimum(magnitude, UE5M3_LARGEST)), random, NOISY, 3, UE5M3_FIELD)
         code = tl.where(nan, 0xFC, code)
+    elif FORMAT == "e4m3fnuz":
+        code = _code(tl.minimum(magnitude, E4M3FNUZ_LARGEST), random, NOISY, 3, E4M3FNUZ_FIELD)
+        code = tl.where(nan, 0x80, tl.where(code > 0, code | ((bits >> 24) & 0x80), 0))
+    elif FORMAT == "e5m2fnuz":
+        code = _code(tl.minimum(magnitude, E5M2_LARGEST), random, NOISY, 2, E5M2FNUZ_FIELD)
+        code = tl.where(nan, 0x80, tl.where(code > 0, code | ((bits >> 24) & 0x80), 0))
     else:
         code = _code(tl.minimum(magnitude, E4M3_LARGEST), random, NOISY, 3, E4M3_FIELD)
         code = tl.where(nan, 0x7F, code) | ((bits >> 24) & 0x80)
@@ -162,7 +185,9 @@ def scale_inv_of(amax_bits, FORMAT: tl.constexpr, MARGIN: tl.constexpr, POWER_OF
     """``reference.scale_inv_from_amax`` of an amax given as bits."""
     if FORMAT == "e4m3":
         scale_inv = _scale_inv(amax_bits, E4M3_LARGEST, MARGIN, POWER_OF_TWO)
-    elif FORMAT == "e5m2":
+    elif FORMAT == "e4m3fnuz":
+        scale_inv = _scale_inv(amax_bits, E4M3FNUZ_LARGEST, MARGIN, POWER_OF_TWO)
+    elif FORMAT == "e5m2" or FORMAT == "e5m2fnuz":
         scale_inv = _scale_inv(amax_bits, E5M2_LARGEST, MARGIN, POWER_OF_TWO)
     elif FORMAT == "fp16":
         scale_inv = _scale_inv(amax_bits, FP16_LARGEST, MARGIN, POWER_OF_TWO)

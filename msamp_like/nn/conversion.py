@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msamp_like.nn.functional import LinearGemm
+from msamp_like.nn.grouped import GroupedGemm, GroupedLinear
 from msamp_like.nn.linear import Fp8Linear, ReadsAsBase, rearm_hooks
 from msamp_like.policy import Policy
 from msamp_like.scaling import quantize
@@ -54,7 +55,7 @@ def _agreed(plans: list[Plan]) -> list[Plan]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    known = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.MultiheadAttention)
+    known = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.MultiheadAttention, GroupedLinear)
     return isinstance(module, known) or torch.nn.utils.parametrize.is_parametrized(module, "weight")
 
 
@@ -75,13 +76,13 @@ def _plan(name: str, module: nn.Module, policy: Policy) -> Plan:
         return _checked(made("lookup", "a lookup has no product; its states follow the level"), module.weight)
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return made("plain", "its shape is unknown before a first forward pass; run one, then initialize")
-    if not _is(module, nn.Linear):
+    if not (_is(module, nn.Linear) or isinstance(module, GroupedLinear)):
         return made("plain", f"{type(module).__name__} may read its weight in a way of its own")
     if wanted == "bf16":
         return _checked(made("bf16", f"policy keeps {pattern!r} in bf16"), module.weight)
     if not policy.fp8_products:
         return _checked(made("bf16", f"level {policy.name} has no FP8 products"), module.weight)
-    return _checked(made("fp8"), module.weight)
+    return _checked(made("fp8", f"override {pattern!r} smooths its input" if wanted == "smooth" else ""), module.weight)
 
 
 def _is(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
@@ -131,7 +132,8 @@ def _convert_linear(p: Plan, policy: Policy) -> None:
     module: Any = p.module
     weight: ScalingTensor = module.weight
     if weight.gemm is None:  # two Linears with one weight share its scalers
-        weight.gemm = LinearGemm(policy.for_module(p.name), p.name).to(weight.device)
+        gemm = GroupedGemm if isinstance(module, GroupedLinear) else LinearGemm
+        weight.gemm = gemm(policy.for_module(p.name), p.name).to(weight.device)
     if not isinstance(module, ReadsAsBase):
         module.__class__ = Fp8Linear
     module.gemm = weight.gemm

@@ -67,6 +67,12 @@ def grid(rank_pool: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+def test_exchanges_beside_products_change_nothing(ranks: Any, text: Path, grid: Path, tmp_path: Path) -> None:
+    ranks(4, trained, str(text), str(tmp_path / "run"), *SPLIT, "--tensor-parallel-overlap")
+    assert results(tmp_path / "run") == results(grid)
+    assert states(tmp_path / "run", 6) == states(grid, 6)
+
+
 def test_two_by_two_ranks_learn_what_one_process_learns(ranks: Any, text: Path, grid: Path, tmp_path: Path) -> None:
     """The first loss is of the same weights and sequences, and only activations travel otherwise: 2e-3, where another
     order of the sequences moves it by ten times as much. From then on products of 24 dB, 6 %, have moved the weights

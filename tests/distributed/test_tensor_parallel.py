@@ -268,6 +268,28 @@ def test_bytes_of_a_step_are_those_of_the_plan(ranks, level, sequence):
         assert axes == {"tp"}
 
 
+class Doubled(nn.Module):
+    """Two layers that read one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def gathered_at_the_root(rank, world, group):
+    model = parallelize(Doubled(), group, {"": Enter(argument="x"), "a": Column(), "b": Column()}, sequence=True)
+    with Spy(world, rank) as spy:
+        output = model(torch.ones(2, 4, 8))
+    return tuple(output.shape), spy.names
+
+
+def test_the_model_itself_can_gather_its_input_once(ranks):
+    assert ranks(2, gathered_at_the_root) == [((2, 8, 8), ["allgather_base"])] * 2
+
+
 # --- with the rest of torch -----------------------------------------------------------------------------------------
 
 

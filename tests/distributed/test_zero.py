@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from msamp_like import amp
 from msamp_like.comm.zero import assign_owners
-from msamp_like.optim import Lion
+from msamp_like.optim import Lion, Muon
 from msamp_like.tensor import ScalingTensor, real
 from tests.distributed.spy import Spy
 from tests.distributed.test_data_parallel import Net, batch, raised, same_bytes
@@ -115,9 +115,16 @@ def test_weights_are_the_bits_of_an_unsharded_run(ranks, world, level, stage, st
         assert not [n for n in changed if n.startswith(("frozen", "never"))]
 
 
+def muon(params):
+    """Whole tensors have owners, so a matrix is orthogonalized where it lies."""
+    parts = list(params)
+    matrices, rest = [p for p in parts if p.dim() == 2], [p for p in parts if p.dim() != 2]
+    return Muon([{"params": matrices}, {"params": rest, "use_muon": False}], lr=1e-2)
+
+
 def other_optimizers(rank, world, group, name):
     """A few steps of another optimizer, sharded and not."""
-    make = {"SGD": partial(torch.optim.SGD, lr=0.3, momentum=0.9), "Lion": partial(Lion, lr=3e-3)}[name]
+    make = {"SGD": partial(torch.optim.SGD, lr=0.3, momentum=0.9), "Lion": partial(Lion, lr=3e-3), "Muon": muon}[name]
     found = []
     for stage in (0, 1):
         torch.manual_seed(0)
@@ -132,7 +139,7 @@ def other_optimizers(rank, world, group, name):
     return [n for n in plain if not torch.equal(plain[n], sharded[n])], own_states < all_states
 
 
-@pytest.mark.parametrize("name", ["SGD", "Lion"])
+@pytest.mark.parametrize("name", ["SGD", "Lion", "Muon"])
 def test_any_optimizer_is_sharded_through_its_public_interface(ranks, name):
     assert ranks(2, other_optimizers, name) == [([], True)] * 2
 

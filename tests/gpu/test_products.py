@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from msamp_like import amp, kernels
-from msamp_like.formats import BF16, E4M3, E5M2, WHOLE
+from msamp_like.formats import BF16, E4M3, E5M2, ROW, WHOLE
 from msamp_like.kernels import Operand, reference
+from msamp_like.kernels.fp8_units import has_fp8_units
 from msamp_like.tensor import real
 from tests.gpu import NEEDS_GPU
 
@@ -38,12 +39,40 @@ def stored(shape, format, block=WHOLE):
 def test_fp8_units_against_the_emulation(layout, shapes, formats, dtype):
     cuda = pytest.importorskip("msamp_like.kernels.cuda", reason="needs Triton")
     a, b = (stored(shape, format) for shape, format in zip(_SHAPES[shapes][layout], formats, strict=True))
-    if not cuda.has_fp8_units(a.payload.device):
+    if not has_fp8_units(a.payload.device):
         pytest.skip("the device has no FP8 units; its products are the emulation")
     got = kernels.scaled_matmul(a, b, layout, dtype)
     assert got.is_contiguous()
     # 14 bits of fast accumulation over K = 1024 leave about 50 dB; a wrong operand, scale or layout leaves none.
     assert decibels(cuda.emulate(a, b, layout, torch.float32), got) > 40
+
+
+_SCALED = [(ROW, ROW), ((1, 128), (1, 128)), ((1, 128), (128, 128)), ((1, 32), (1, 32)), (WHOLE, ROW)]
+
+
+@pytest.mark.parametrize("sizes", [(512, 256, 1024), (57, 71, 333), (300, 140, 130)], ids=str)
+@pytest.mark.parametrize("blocks", _SCALED, ids=str)
+@pytest.mark.parametrize("formats", [(E4M3, E4M3), (E5M2, E4M3)], ids=lambda pair: " x ".join(map(str, pair)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_with_many_scales_against_the_emulation(sizes, blocks, formats, dtype):
+    """Whatever the table of products chooses here, and our Triton product beside it where that takes the operands."""
+    cuda = pytest.importorskip("msamp_like.kernels.cuda", reason="needs Triton")
+    m, n, k = sizes
+    a, b = (stored(s, f, block) for s, f, block in zip(((m, k), (n, k)), formats, blocks, strict=True))
+    expected = cuda.emulate(a, b, "nt", torch.float32)
+    got = kernels.scaled_matmul(a, b, "nt", dtype)
+    assert got.is_contiguous()
+    assert decibels(expected, got) > 40
+    if has_fp8_units(a.payload.device):
+        assert decibels(expected, cuda.triton_products.multiply(a, b, dtype)) > 40
+
+
+@pytest.mark.parametrize("block", [ROW, (1, 128), (1, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(512, 1024), (57, 333)], ids=str)
+def test_both_directions_against_the_reference(shape, block):
+    x = torch.randn(shape, device="cuda").bfloat16()
+    for got, expected in zip(kernels.quantize_both(x, E4M3, block), reference.quantize_both(x.cpu(), E4M3, block)):
+        assert torch.equal(*(t.cpu().contiguous().view(torch.uint8) for t in (got, expected)))
 
 
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
@@ -59,11 +88,11 @@ def test_the_emulation_against_the_reference(layout, block, dtype, formats):
     assert decibels(expected, cuda.emulate(a, b, layout, dtype)) > (50 if dtype == torch.bfloat16 else 90)
 
 
-def trained(device, level, compiled=False, steps=3):
+def trained(device, level, compiled=False, steps=3, recipe=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 512), nn.GELU(), nn.Linear(512, 136)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimizer = amp.initialize(model, optimizer, level=level)
+    model, optimizer = amp.initialize(model, optimizer, level=level, recipe=recipe)
     run = torch.compile(model) if compiled else model
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -75,11 +104,14 @@ def trained(device, level, compiled=False, steps=3):
     return model, output.detach()
 
 
-@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
-def test_training_agrees_with_the_cpu(level):
+@pytest.mark.parametrize(
+    ("level", "recipe"),
+    [("O0", None), ("O1", None), ("O2", None), ("O2", "rowwise"), ("O2", "blockwise"), ("O2", "mxfp8")],
+)
+def test_training_agrees_with_the_cpu(level, recipe):
     """The whole public path. Sums differ in their order, so codes may differ by a step; the outputs stay close."""
-    _, on_cpu = trained("cpu", level)
-    _, on_gpu = trained("cuda", level)
+    _, on_cpu = trained("cpu", level, recipe=recipe)
+    _, on_gpu = trained("cuda", level, recipe=recipe)
     assert on_gpu.is_cuda
     assert decibels(on_cpu, on_gpu) > 28  # the bar of one FP8 layer
 
