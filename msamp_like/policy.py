@@ -358,7 +358,7 @@ LEAN = replace(
     },
 )
 """O2 in five bytes: the E4M3 weight is the upper half of its master, both moments have 8 bits. That of the second has
-no sign, its bit goes to the range: E4M3 loses small values to zero, where they divide (docs/explanation/numerics.md)."""
+no sign, its bit goes to the range: E4M3 loses small values to zero, where they divide (numerics.md)."""
 
 LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2, O3, LEAN)})
 
