@@ -172,10 +172,8 @@ class Policy:
         if format == RESIDUAL and (role is not Role.MASTER_WEIGHT or self.parameter is not Role.WEIGHT):
             raise ValueError(
                 f"a residual is what a weight leaves of its master, got one for {role.value} where the parameter is "
-                f"the {self.parameter.value}; give it to master_weight with parameter=Role.WEIGHT, as level lean has it"
+                f"the {self.parameter.value}; use it for master_weight with parameter=Role.WEIGHT, as level lean does"
             )
-        if format == RESIDUAL and self.rules[Role.WEIGHT].block != WHOLE:
-            raise ValueError(f"a residual's weight has one scale, got {self.rules[Role.WEIGHT]}; leave its block out")
         if not format.signed and role is not Role.SECOND_MOMENT:
             raise ValueError(f"a {role.value} has a sign, got {format}, which stores none; use e4m3, say")
 
@@ -191,10 +189,9 @@ class Policy:
         return self[self.parameter]
 
     def master(self, weight: Format) -> Rule:
-        """The rule of the master of a weight of this format: a residual needs an 8-bit weight above it; any other has
-        its master in one part, as at O2."""
-        rule = self[Role.MASTER_WEIGHT]
-        return O2[Role.MASTER_WEIGHT] if rule.format == RESIDUAL and weight.bytes > 1 else rule
+        """Of a weight of this format; only an 8-bit one can have a residual, any other has O2's master."""
+        halved = self[Role.MASTER_WEIGHT].format == RESIDUAL
+        return (O2 if halved and weight.bytes > 1 else self)[Role.MASTER_WEIGHT]
 
     @property
     def fp8_products(self) -> bool:
@@ -360,10 +357,8 @@ LEAN = replace(
         Role.SECOND_MOMENT: Rule(format=UE5M3, block=_BLOCK, rounding="stochastic"),
     },
 )
-"""O2 in five bytes: the E4M3 weight that products read is the upper half of its own master, both moments have 8 bits.
-
-The second moment has a format without a sign, whose bit goes to the range: E4M3 loses small values to zero, and there
-they divide (docs/explanation/numerics.md, python -m benchmarks.moments)."""
+"""O2 in five bytes: the E4M3 weight is the upper half of its master, both moments have 8 bits. That of the second has
+no sign, its bit goes to the range: E4M3 loses small values to zero, where they divide (numerics.md)."""
 
 LEVELS: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in (O0, O1, O2, O3, LEAN)})
 
