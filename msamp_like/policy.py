@@ -23,7 +23,6 @@ from msamp_like.formats import (
     FP16,
     FP32,
     RESIDUAL,
-    ROW,
     UE5M3,
     WHOLE,
     Block,
@@ -31,6 +30,7 @@ from msamp_like.formats import (
     check_block,
     check_same_kind,
 )
+from msamp_like.recipes import RECIPES
 
 
 class Role(enum.Enum):
@@ -174,6 +174,8 @@ class Policy:
                 f"a residual is what a weight leaves of its master, got one for {role.value} where the parameter is "
                 f"the {self.parameter.value}; use it for master_weight with parameter=Role.WEIGHT, as level lean does"
             )
+        if format == RESIDUAL and self.rules[Role.WEIGHT].block != WHOLE:
+            raise ValueError(f"a residual's weight has one scale, got {self.rules[Role.WEIGHT]}; leave its block out")
         if not format.signed and role is not Role.SECOND_MOMENT:
             raise ValueError(f"a {role.value} has a sign, got {format}, which stores none; use e4m3, say")
 
@@ -266,30 +268,6 @@ class Policy:
         lines += [f"  {pattern:<17} products in {product}" for pattern, product in self.exceptions]
         return "\n".join(lines)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How the operands of the products are scaled: blocks of INPUT, WEIGHT and GRAD_OUTPUT as the product reads them
-    that contracts over their last dim, the steps of history, and whether a scale serves so few elements that gradients
-    of outputs are in the INPUT's format, which has more precision (6 dB) and less range."""
-
-    blocks: tuple[Block, Block, Block] = (WHOLE, WHOLE, WHOLE)
-    history: int = 0
-    narrow_gradients: bool = False
-
-
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "delayed": Recipe(history=16),
-        "current": Recipe(),
-        "rowwise": Recipe(blocks=(ROW, ROW, ROW), narrow_gradients=True),
-        "blockwise": Recipe(blocks=((1, 128), (128, 128), (1, 128)), narrow_gradients=True),
-        "mxfp8": Recipe(blocks=((1, 32), (1, 32), (1, 32)), narrow_gradients=True),
-    }
-)
-"""One scale a tensor from past steps or from the tensor at hand; one a row; one a block (DeepSeek-AI, "DeepSeek-V3
-Technical Report", 2024, https://arxiv.org/abs/2412.19437); one for each 32 elements, a power of two (OCP Microscaling
-Formats (MX) Specification, revision 1.0, 2023)."""
 
 _BLOCK: Block = (1, 128)
 

@@ -6,6 +6,7 @@ policy does) and no process group (gradients arrive reduced).
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -86,10 +87,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def offload(self, *, overlap_forward: bool = False) -> Offloaded:
         """Keep matrices' states and masters on the host, and step them there, from now on; see :mod:`.offload`."""
-        parameters = [p for p, _ in self._parameters()]
-        self.home = offloaded = Offloaded(parameters, self._finiteness, overlap_forward=overlap_forward)
-        self.place(offloaded)
-        return offloaded
+        members = [p for p, _ in self._parameters()]
+        self.home = self.placement = Offloaded(members, self._finiteness, overlap_forward=overlap_forward)
+        return self.home
 
     def _owns(self, param: Tensor) -> bool:
         return self.placement is None or self.placement.owns(param)
@@ -227,14 +227,15 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         master, copy, rest = state.get("master_weight", param), None, None
         if isinstance(param, ScalingTensor) and self._in_two_parts(param):
             master, rest = param, residual.lower_half(param, state)
-        else:
-            copy = self._copy_of(param) if "master_weight" in state else _cast_of(param)
+        elif "master_weight" in state:
+            copy = self._copy_of(param)
+        elif isinstance(param, ScalingTensor):
+            copy = param.cast_to_update()
+        states = tuple(self._operand(state[n], role, betas.get(n), where) for n, role in self.roles_of(group).items())
         return Row(
             param=self._operand(master, Role.MASTER_WEIGHT, None, where),
             grad=self._operand(param.grad, Role.GRAD_WEIGHT, None, None),  # type: ignore[arg-type]
-            states=tuple(
-                self._operand(state[name], role, betas.get(name), where) for name, role in self.roles_of(group).items()
-            ),
+            states=states,
             step=state["step"],
             copy=copy,
             residual=rest,
@@ -282,8 +283,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def _initialized(self, param: Tensor, group: Group) -> State:
         state = self.state[param]
-        if "step" not in state:
-            state["step"] = 0
+        state.setdefault("step", 0)
         for name, role in self.roles_of(group).items():
             if name not in state:
                 zeros = torch.zeros(param.shape, dtype=torch.float32, device=self.home.device(param))
@@ -307,9 +307,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """Whether the parameter is the upper half of its master, and the state ``master_weight`` the lower."""
         return isinstance(param, ScalingTensor) and self.policy.master(param.format).format == RESIDUAL
 
-    def _in_halves(self, param: Tensor, write: Callable[[ScalingTensor], State]) -> State:
+    def _in_halves(self, param: Tensor, write: Callable[[Any], State]) -> State:
         """The states that ``write`` makes of a weight, which it may change."""
-        states = write(self.home.twin(param))  # type: ignore[arg-type]
+        states = write(self.home.twin(param))
         self.home.send(param)
         return states
 
@@ -327,15 +327,16 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self, param: Tensor, states: Mapping[str, Any], original: Tensor | None = None, group: Group | None = None
     ) -> None:
         """Take over the states of an optimizer that has stepped, and the master of a weight that is now stored."""
+        taken: State = {"step": saving.steps(states)}
+        if original is not None and self._in_two_parts(param):  # on all ranks, which hold the weight as its owner does
+            taken.update(self._in_halves(param, functools.partial(residual.split_, value=original)))
+            original = None
         if not self._owns(param):
             return
-        taken: State = {"step": saving.steps(states)}
         for name, role in (self.roles if group is None else self.roles_of(group)).items():
             if states.get(name) is not None:
                 taken[name] = self.stored(param, states[name], role)
-        if original is not None and self._in_two_parts(param):
-            taken.update(self._in_halves(param, lambda twin: residual.split_(twin, original)))
-        elif original is not None and self._keeps_master(param):
+        if original is not None and self._keeps_master(param):
             taken["master_weight"] = self.stored(param, original, Role.MASTER_WEIGHT)
         self.state[param].update(taken)
 
@@ -373,6 +374,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for param, its_group, saved in saving.matched(self, state_dict):
             if self._owns(param):
                 self._load_parameter(param, saved, its_group)
+            elif self._in_two_parts(param):
+                residual.round_as_owner_(param, saved)
         self.seed = int(state_dict.get("seed", self.seed))
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
         if self.released is not None:
@@ -395,8 +398,3 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             fresh.copy_(value)
             state[name] = fresh
         self.state[param] = state
-
-
-def _cast_of(param: Tensor) -> Operand | None:
-    """The compute copy of a parameter that is its own master."""
-    return param.cast_to_update() if isinstance(param, ScalingTensor) else None

@@ -62,6 +62,12 @@ def load(weight: ScalingTensor, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {name: saved[name].to(weight.device, copy=True) for name in ("master_weight", AMAX)}
 
 
+def round_as_owner_(weight: Any, saved: Mapping[str, Any]) -> None:
+    """Write a weight that another rank steps as that rank does when it loads ``saved``."""
+    if "master_weight" in saved and saved["master_weight"].dtype != RESIDUAL.dtype:
+        split_(weight, real(saved["master_weight"]))
+
+
 def update_(weight: Operand, residual: Residual, value: Tensor) -> None:
     """Overwrite a master, whose weight and lower half these are, with FP32 ``value``."""
     payload, scale_inv, rest, amax = kernels.quantize_with_residual(

@@ -21,7 +21,8 @@ _ENGINE = [*_CORE, "optim", "comm", "checkpoint", "amp", "telemetry"]
 MAY_IMPORT: dict[str, set[str]] = {
     "formats": set(),
     "kernels": {"formats"},
-    "policy": {"formats"},
+    "recipes": {"formats"},
+    "policy": {"formats", "recipes"},
     "tensor": {"formats", "kernels"},
     "scaling": {"formats", "kernels", "policy", "tensor"},
     "nn": set(_CORE),

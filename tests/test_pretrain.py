@@ -75,7 +75,7 @@ def test_a_run_leaves_settings_metrics_summary_and_checkpoint(
     assert summary["train_loss"] == pytest.approx(sum(line["loss"] for line in lines) / 12)
     assert (summary["level"], summary["world_size"], summary["steps"], summary["skipped_steps"]) == ("O2", 1, 12, 0)
     assert summary["state_bytes"]["first_moment"] > summary["state_bytes"]["matrix_parameters"]
-    assert 6 <= summary["bytes_per_parameter"] < 6.5
+    assert 7 <= summary["bytes_per_parameter"] < 7.5  # the compute copy included, and 16 of what is no matrix
     assert summary["wire_bytes"] is None
     assert summary["fp8_report"]["flops_share"] > 0.5
     assert summary["corpus"]["sha256"]
@@ -101,7 +101,7 @@ def test_levels_learn_alike_and_are_compared(text: Path, tmp_path: Path, capsys:
     assert abs(gap) < 0.2
     assert f"validation loss {gap:+.4f} nats" in printed
     assert zero["bytes_per_parameter"] == pytest.approx(16, rel=0.03)
-    assert zero["bytes_per_parameter"] / two["bytes_per_parameter"] > 2.4
+    assert zero["bytes_per_parameter"] / two["bytes_per_parameter"] > 2.1
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:

@@ -86,6 +86,8 @@ def _common_tile(row: Row) -> int | None:
     tensors += [] if row.residual is None else list(row.residual)
     if row.param.payload.numel() == 0 or not all(tensor.is_contiguous() for tensor in tensors):
         return None
+    if any(operand.payload.dtype not in TYPES for operand in (*written, row.grad)):
+        return None
     if row.copy is not None and (row.copy.noise is not None or row.copy.scale_inv.numel() > 1):
         return None
     if row.residual is not None and not _splits(row.param):

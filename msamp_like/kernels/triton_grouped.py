@@ -9,8 +9,8 @@ cores as they are; that needs scales that the product shares.
 Not used: ``torch.nn.functional.scaled_grouped_mm``, which takes E4M3 alone (a gradient is E5M2), a scale a row, dims in
 multiples of 16, and for "tn" groups whose sizes divide by 16.
 
-Sums of FP8 units are promoted to FP32 as they go (``max_num_imprecise_acc=0``): a gradient sums many small terms. The
-speed is not measured yet.
+Sums of FP8 units are promoted to FP32 tile by tile, outside of the units: a gradient sums many small terms. The speed
+is not measured yet.
 """
 
 # The compiler reads these sources: annotations stay objects, and a kernel argument has none.
@@ -93,7 +93,7 @@ def _rows_kernel(
                 b_row, b_column = base + k[:, None] + column[None, :] * 0, column[None, :] + k[:, None] * 0
             right = _load(b, b_scale_inv, b_row, b_column, inside, b_columns,
                           b_block_rows, b_block_columns, b_grid_columns, B_FORMAT, SHARED_B, UNITS, WIDE)  # fmt: skip
-            total = tl.dot(left, right, total, max_num_imprecise_acc=0)
+            total = total + tl.dot(left, right)
         if SHARED_A:
             total = total * tl.load(a_scale_inv)
         if SHARED_B:
@@ -125,7 +125,7 @@ def _experts_kernel(
         right = _load(b, b_scale_inv, t[:, None] + column[None, :] * 0, column[None, :] + t[:, None] * 0,
                       (t < stop)[:, None] & (column < b_columns)[None, :], b_columns,
                       b_block_rows, b_block_columns, b_grid_columns, B_FORMAT, SHARED_B, UNITS, WIDE)  # fmt: skip
-        total = tl.dot(left, right, total, max_num_imprecise_acc=0)
+        total = total + tl.dot(left, right)
     if SHARED_A:
         total = total * tl.load(a_scale_inv)
     if SHARED_B:
