@@ -35,13 +35,17 @@ def _loss_gap(r: Result) -> list[Row]:
 
 
 def _state(r: Result) -> list[Row]:
-    rest = {level: states["at rest"]["total"] for level, states in r["bytes_per_parameter"].items()}
+    rows = r["bytes_per_parameter"]
+    rest = {name: rows[name]["at rest"]["total"] for name in ("O0", "O1", "O2")}
+    held = ", ".join(f"{name} {total:.2f}" for name, total in r["with compute copies"].items())
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in r["limits"].items())
     return [
         (
             "bytes of state per parameter, matrices, gradients included",
             "O1 11, O2 6, within 3 %",
             ", ".join(f"{level} {total:.2f}" for level, total in rest.items()),
-        )
+        ),
+        ("the same, with the compute copies of FP8 matrices", f"at most {limits}", held),
     ]
 
 

@@ -31,7 +31,7 @@ def test_logic_in_the_interpreter(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("capability", [pytest.param("80", marks=pytest.mark.nightly), "90"])
 def test_compiled_code_is_exact(tmp_path, capability):
     """The kernels compile for devices without and with FP8 units, and every instruction rounds as FP32 does."""
     code = compiled("exact", tmp_path, capability)

@@ -24,7 +24,7 @@ def test_logic_in_the_interpreter():
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiled_code_multiplies_in_tensor_cores(tmp_path, capability):
     """BF16 ones everywhere, and where a device has them FP8 ones too (of Hopper: warp-group instructions)."""

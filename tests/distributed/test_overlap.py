@@ -343,7 +343,7 @@ def trained(rank, world, group, way, level, overlap, micro_batches):
         (4, "plain", "O3", 2),
         (2, "plain", "O0", 1),
         (2, "recomputed", "O3", 1),
-        (2, "compiled", "O3", 1),
+        pytest.param(2, "compiled", "O3", 1, marks=pytest.mark.nightly),
     ],
 )
 def test_a_model_trains_to_the_same_bits(ranks, world, way, level, micro_batches):
