@@ -71,7 +71,8 @@ def initialize(
     tensor-parallel ("tp") and pipeline stages ("pp"). ``zero_stage`` 1 or 2 gives every parameter one owner among its
     data-parallel ranks (:mod:`msamp_like.comm.zero`), 0 none; None is the level's own: 1 at O3. With
     ``overlap_forward`` new weights may arrive while the next forward runs, layer by layer; a step then returns before
-    they are here, and whatever reads a weight waits for it.
+    they are here, and whatever reads a weight waits for it; a compiled graph does not, so leave it off where the model
+    or its blocks go through ``torch.compile``.
 
     ``ranks_per_node`` is for data-parallel ranks on several nodes, several on each: FP8 gradients are then summed in
     FP32 inside a node, and the sums go to the other nodes in BF16 (:mod:`msamp_like.comm.hierarchical`); None is one
