@@ -262,7 +262,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if row.residual is None:
             kernels.store_(row.param, new)
         else:
-            residual.update_(row.param, row.residual, new)
+            kernels.store_with_residual_(row.param, row.residual, new, kernels.amax(new, WHOLE))
         for operand, value in zip(row.states, values, strict=True):
             kernels.store_(operand, value)
         if row.copy is not None:

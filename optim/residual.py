@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from msamp_like import kernels
-from msamp_like.formats import RESIDUAL, WHOLE, format_of
-from msamp_like.kernels import Operand, Residual
+from msamp_like.formats import RESIDUAL, WHOLE
+from msamp_like.kernels import Residual
 from msamp_like.tensor import ScalingTensor, real
 
 AMAX = "weight_amax"
@@ -66,17 +66,3 @@ def round_as_owner_(weight: Any, saved: Mapping[str, Any]) -> None:
     """Write a weight that another rank steps as that rank does when it loads ``saved``."""
     if "master_weight" in saved and saved["master_weight"].dtype != RESIDUAL.dtype:
         split_(weight, real(saved["master_weight"]))
-
-
-def update_(weight: Operand, residual: Residual, value: Tensor) -> None:
-    """Overwrite a master, whose weight and lower half these are, with FP32 ``value``."""
-    payload, scale_inv, rest, amax = kernels.quantize_with_residual(
-        value, kernels.amax(value, WHOLE), format_of(weight.payload.dtype), weight.noise
-    )
-    for target, source in (
-        (weight.payload, payload),
-        (weight.scale_inv, scale_inv),
-        (residual.payload, rest),
-        (residual.amax, amax),
-    ):
-        target.copy_(source)

@@ -32,6 +32,7 @@ from msamp_like.kernels.reference_updates import (
     adam_update,
     dequantize_with_residual,
     quantize_with_residual,
+    store_with_residual_,
 )
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "scale_inv_from_amax",
     "scaled_matmul",
     "store_",
+    "store_with_residual_",
 ]
 
 _SCHEMAS = (
