@@ -71,8 +71,7 @@ def initialize(
     tensor-parallel ("tp") and pipeline stages ("pp"). ``zero_stage`` 1 or 2 gives every parameter one owner among its
     data-parallel ranks (:mod:`msamp_like.comm.zero`), 0 none; None is the level's own: 1 at O3. With
     ``overlap_forward`` new weights may arrive while the next forward runs, layer by layer; a step then returns before
-    they are here, and whatever reads a weight waits for it; a compiled graph does not, so leave it off where the model
-    or its blocks go through ``torch.compile``.
+    they are here, and whatever reads a weight waits for it.
 
     ``ranks_per_node`` is for data-parallel ranks on several nodes, several on each: FP8 gradients are then summed in
     FP32 inside a node, and the sums go to the other nodes in BF16 (:mod:`msamp_like.comm.hierarchical`); None is one
@@ -91,8 +90,7 @@ def initialize(
     The parameter then holds the weight that products read, whatever the level: at O1 and O2 its FP16 master is the
     optimizer's, on the host, where as elsewhere it is the parameter. A gradient that is complete is no longer in
     ``.grad``: clip with ``amp.clip_grad_norm_(model, ...)``, run all micro-batches of a step but the last in
-    ``model.no_sync()``; a step uses gradients up. ``overlap_forward`` holds here too, but not under ``torch.compile``,
-    whose graphs wait for no weight.
+    ``model.no_sync()``; a step uses gradients up. ``overlap_forward`` holds here too.
 
     Everything is checked before anything is changed. Raises ValueError or TypeError for an unknown level, recipe,
     override or mesh axis, ranks that do not fill their nodes, a model that is converted already or has nothing to

@@ -38,15 +38,14 @@ class ScalingTensor(torch.Tensor):
     give back, never what is stored. ``gemm`` is set on weights by the conversion and is None everywhere else.
     ``scattered`` is set on a gradient that is one of a set, or a part of one, whose rest lies on other ranks: a norm of
     those that are here means nothing, and asking for one raises. ``arrival`` is set while the values are on their way
-    from the rank that owns them: every operation calls it first, and it returns when they are here.
+    from the rank or the host that owns them: to read ``payload`` or ``scale_inv`` calls it first, and it returns when
+    they are here. A compiled graph takes its inputs by the same two names, so it waits as well.
 
     A tensor may be one rank's shard of a weight (FSDP2). ``padded`` is then the payload with the rows of zeros that
     make all shards equally long, where there are any; ``agreed`` says that all shards have the same scale, which lets
     the gathered weight have one. Whoever makes the scales agree sets it; a write with a scale of its own takes it away.
     """
 
-    payload: Tensor
-    scale_inv: Tensor
     block: Block
     gemm: Gemm | None
     scattered: bool
@@ -82,12 +81,12 @@ class ScalingTensor(torch.Tensor):
                 f"a payload of shape {tuple(payload.shape)} with block {block} has scales of shape {expected}, "
                 f"got {tuple(scale_inv.shape)}; reshape scale_inv"
             )
+        self.arrival = None
         self.payload = payload
         self.scale_inv = scale_inv
         self.block = block
         self.gemm = None
         self.scattered = False
-        self.arrival = None
         self.padded = None
         self._marks = {}
         self._casts = {}
@@ -95,14 +94,33 @@ class ScalingTensor(torch.Tensor):
     # --- reading ----------------------------------------------------------------------------------------------------
 
     @property
+    def payload(self) -> Tensor:
+        """What is stored, in the outer shape."""
+        self.await_arrival()
+        return self._payload
+
+    @payload.setter
+    def payload(self, payload: Tensor) -> None:
+        self._payload = payload
+
+    @property
+    def scale_inv(self) -> Tensor:
+        """FP32, one entry a block: 1 / scale."""
+        self.await_arrival()
+        return self._scale_inv
+
+    @scale_inv.setter
+    def scale_inv(self, scale_inv: Tensor) -> None:
+        self._scale_inv = scale_inv
+
+    @property
     def format(self) -> Format:
         """Format of the payload."""
-        return format_of(self.payload.dtype)
+        return format_of(self._payload.dtype)
 
     @property
     def operand(self) -> Operand:
         """The stored tensors as kernels take them."""
-        self.await_arrival()
         return Operand(self.payload, self.scale_inv, self.block)
 
     @property
@@ -131,22 +149,21 @@ class ScalingTensor(torch.Tensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes of payload and scales, measured on the tensors; a cached cast is not in it (see ``cast_bytes``)."""
-        return self.payload.nbytes + self.scale_inv.nbytes
+        return self._payload.nbytes + self._scale_inv.nbytes
 
     @property
     def cast_bytes(self) -> int:
         """Bytes of the compute copies that are cached now."""
-        copies = [c for c in self._casts.values() if c.payload is not self.payload]
+        copies = [c for c in self._casts.values() if c.payload is not self._payload]
         return sum(c.payload.nbytes + c.scale_inv.nbytes for c in copies)
 
     def await_arrival(self) -> None:
-        """Return when the values are here; what reads the payload without an operation of this class calls it."""
+        """Return when the values are here."""
         if self.arrival is not None:
             self.arrival()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The real values as a plain tensor, in the outer dtype unless another is asked for."""
-        self.await_arrival()
         return kernels.dequantize(self.payload, self.scale_inv, self.block, dtype or self.dtype)
 
     def cast(self, format: Format, block: Block = WHOLE, margin: int = 0, power_of_two: bool = True) -> Operand:
@@ -165,7 +182,7 @@ class ScalingTensor(torch.Tensor):
         return self._casts[key]
 
     def _made(self, format: Format, block: Block, margin: int, power_of_two: bool) -> Operand:
-        if self.payload.dtype == format.dtype and (block == self.block or not format.scaled):
+        if self._payload.dtype == format.dtype and (block == self.block or not format.scaled):
             return self.operand
         if not format.scaled:
             return Operand(self.dequantize(format.dtype), _one(self.device), WHOLE)
@@ -177,7 +194,6 @@ class ScalingTensor(torch.Tensor):
 
     def store_(self, value: Tensor, noise: Noise | None = None) -> ScalingTensor:
         """Overwrite with real values in the tensor's own format and blocks; ``noise`` rounds stochastically."""
-        self.await_arrival()
         kernels.store_(Operand(self.payload, self.scale_inv, self.block, noise), value.contiguous())
         self.agreed = False
         self.drop_casts()
@@ -195,7 +211,7 @@ class ScalingTensor(torch.Tensor):
         kept = [
             (key, copy)
             for key, copy in self._casts.items()
-            if key[2:] == (0, True) and copy.payload is not self.payload  # a kernel knows neither margin nor division
+            if key[2:] == (0, True) and copy.payload is not self._payload  # a kernel knows neither margin nor division
         ][:1]
         self._casts.clear()
         self._casts.update(kept)
@@ -282,7 +298,6 @@ class ScalingTensor(torch.Tensor):
         return ScalingTensor(inner["payload"], inner["scale_inv"], *context)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self.await_arrival()
         is_parameter = isinstance(self, torch.nn.Parameter)
         arguments = (self.payload, self.scale_inv, self.block, self.dtype, self.requires_grad, is_parameter)
         return rebuild, arguments
@@ -292,7 +307,6 @@ class ScalingTensor(torch.Tensor):
             return memo[id(self)]  # type: ignore[no-any-return]
         if not self.is_leaf:
             raise RuntimeError("only a leaf of the autograd graph can be deep-copied, got a result; detach() it first")
-        self.await_arrival()
         is_parameter = isinstance(self, torch.nn.Parameter)
         inner = (self.payload.detach().clone(), self.scale_inv.detach().clone())
         new = rebuild(*inner, self.block, self.dtype, self.requires_grad, is_parameter)
@@ -323,10 +337,6 @@ class ScalingTensor(torch.Tensor):
                 ".dequantize() where that is meant, or keep the module out of FP8 with "
                 "amp.initialize(..., overrides={'module.name': 'skip'})"
             )
-        for argument in args:
-            for tensor in argument if isinstance(argument, list | tuple) else (argument,):
-                if isinstance(tensor, ScalingTensor):
-                    tensor.await_arrival()
         return implementation(*args, **(kwargs or {}))
 
     __hash__ = torch.Tensor.__hash__

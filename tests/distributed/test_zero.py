@@ -256,13 +256,17 @@ def overlapped(rank, world, group, way):
         model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.LayerNorm(64))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         model, optimizer = amp.initialize(model, optimizer, level="O3", overlap_forward=overlap)
-        if way == "compiled":
-            model[2].compile(backend="aot_eager")
+        run = model
+        if way == "layers compiled":
+            for layer in model:
+                layer.compile(backend="aot_eager")
+        if way == "whole model compiled":
+            run = torch.compile(model, backend="aot_eager", fullgraph=True)
         seen = []
         for step in range(5):
             x = torch.randn(8, 64, generator=torch.Generator().manual_seed(10 * step + rank))
-            seen.append(model(x).square().mean())
-            (seen[-1] + (model(x) * x).mean()).backward()
+            seen.append(run(x).square().mean())
+            (seen[-1] + (run(x) * x).mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
             pending.append(any(getattr(p, "arrival", None) is not None for p in model.parameters()))
@@ -277,7 +281,7 @@ def overlapped(rank, world, group, way):
     return torch.equal(*found), any(pending[:5]), any(pending[5:])
 
 
-@pytest.mark.parametrize("way", ["forward", "compiled", "state dict", "copied", "saved"])
+@pytest.mark.parametrize("way", ["forward", "layers compiled", "whole model compiled", "state dict", "copied", "saved"])
 def test_weights_that_arrive_during_the_next_forward_are_waited_for(ranks, way):
     """Whoever reads first: the same bits as when the step waits, and the negative control that it does not."""
     for same, waits, pending in ranks(2, overlapped, way):
