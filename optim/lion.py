@@ -49,8 +49,8 @@ class Lion(LowPrecisionOptimizer):
     def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
         return kernels.lion_update(param, grad, states[0], self._scalars(group), step)
 
-    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
+    def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
         fuses = kernels.has_twin("lion_steps_", rows[0].param.payload.device)
         if fuses:
-            kernels.lion_steps_(rows, self._scalars(group))
+            kernels.lion_steps_(rows, self._scalars(group), bad)
         return fuses

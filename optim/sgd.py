@@ -68,8 +68,8 @@ class SGD(LowPrecisionOptimizer):
     def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
         return kernels.sgd_update(param, grad, states[0], self._scalars(group), step)
 
-    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
+    def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
         fuses = kernels.has_twin("sgd_steps_", rows[0].param.payload.device)
         if fuses:
-            kernels.sgd_steps_(rows, self._scalars(group))
+            kernels.sgd_steps_(rows, self._scalars(group), bad)
         return fuses

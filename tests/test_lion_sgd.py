@@ -250,7 +250,7 @@ def stepped(cls, policy, options, *, fused: bool, shape=(6, 256)) -> list[Tensor
     params = [torch.nn.Parameter(matrix), torch.nn.Parameter(torch.randn(300))]
     optimizer = cls(params, policy=policy, seed=3, **options)
     if not fused:
-        optimizer.fused_update = lambda rows, group: False
+        optimizer.fused_update = lambda rows, group, bad: False
     for step in range(3):
         torch.manual_seed(10 + step)
         params[0].grad = ScalingTensor(*reference.quantize_current(torch.randn(shape), E4M3, WHOLE)[:2])

@@ -71,7 +71,7 @@ __all__ = [
     "store_with_residual_",
 ]
 
-_STEPS: dict[str, Any] = {"lion_steps_": LionScalars, "sgd_steps_": SgdScalars}
+_STEPS: dict[str, Any] = {"adam_steps_": AdamScalars, "lion_steps_": LionScalars, "sgd_steps_": SgdScalars}
 """Steps of a table of rows, each with what its update is told."""
 
 _SCHEMAS = (
@@ -97,8 +97,6 @@ _SCHEMAS = (
     " float scale, bool causal, ScalarType format, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
     " Tensor value) -> ()",
-    f"adam_steps_({table.SCHEMA}, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled)"
-    " -> ()",
     *(table.schema(name, scalars) for name, scalars in _STEPS.items()),
 )
 
@@ -185,9 +183,9 @@ def store_(target: Operand, value: Tensor) -> None:
     _OPS.store_.default(*target, value)
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """See :func:`.reference_updates.adam_steps_`; all rows lie on one device and have as many states."""
-    _OPS.adam_steps_.default(*table.flatten(rows), *scalars)
+    _OPS.adam_steps_.default(*table.flatten(rows), *scalars, bad)
 
 
 def lion_steps_(rows: Sequence[Row], scalars: LionScalars, bad: Tensor | None = None) -> None:
@@ -306,15 +304,11 @@ class _Device:
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
 
-    def adam_steps_(self, *arguments: Any) -> None:
-        width = len(table.Flat._fields)
-        rows = table.unflatten(table.Flat(*arguments[:width]))
-        self.pick("adam_steps_").adam_steps_(rows, AdamScalars(*arguments[width:]))
-
     def steps_(self, name: str, *arguments: Any) -> None:
-        width = len(table.Flat._fields)
-        rows, (*scalars, bad) = table.unflatten(table.Flat(*arguments[:width])), arguments[width:]
-        getattr(self.pick(name), name)(rows, _STEPS[name](*scalars), bad)
+        scalars, width = _STEPS[name], len(table.Flat._fields)
+        rows, rest = table.unflatten(table.Flat(*arguments[:width])), arguments[width:]
+        fields = len(scalars._fields)  # torch leaves out what follows them where it is the default
+        getattr(self.pick(name), name)(rows, scalars(*rest[:fields]), *rest[fields:])
 
 
 def _block(block: list[int]) -> Block:
@@ -385,7 +379,6 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         torch.empty(arguments[i].shape, dtype=arguments[-1], device=arguments[i].device) for i in (0, 3, 6)
     ),
     "store_": lambda *arguments: None,
-    "adam_steps_": lambda *arguments: None,
     **dict.fromkeys(_STEPS, lambda *arguments: None),
 }
 

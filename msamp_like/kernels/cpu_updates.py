@@ -39,8 +39,10 @@ _NOTHING = (0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0)
 _NO_STATE = (0, 0, 0, 0, 0, 0, 0, 1, 0.0, 0)  # per_tile: no scale to look for
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """See :func:`.reference_updates.adam_steps_`; one pass over the bytes of all rows, bit-equal."""
+    if is_bad(bad):
+        return
     s = scalars
     coefficients = _ADAM.pack(
         1 - s.lr * s.weight_decay, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.decoupled

@@ -22,7 +22,7 @@ SCHEMA = (
 def schema(name: str, scalars: type[tuple[Any, ...]]) -> str:
     """Of the op that steps a table: its tensors, the fields of ``scalars``, and whether it is to write at all."""
     fields = ", ".join(f"{kind.__name__} {field}" for field, kind in get_type_hints(scalars).items())
-    return f"{name}({SCHEMA}, {fields}, Tensor? bad) -> ()"
+    return f"{name}({SCHEMA}, {fields}, Tensor? bad=None) -> ()"
 
 
 class Flat(NamedTuple):
