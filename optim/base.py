@@ -165,7 +165,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             if grad.is_sparse:
                 raise RuntimeError("a gradient must be dense, got a sparse one; use nn.Embedding(sparse=False)")
             flags.append(torch.isfinite(self._finiteness(param)).all())
-        return judged(flags, self.agree_max, next(self._parameters())[0].device)
+        device = next((param.device for param, _ in self._parameters()), torch.device("cpu"))
+        return judged(flags, self.agree_max, device)
 
     def _finiteness(self, param: Tensor) -> Tensor:
         """A small tensor that is finite if and only if the gradient is."""
