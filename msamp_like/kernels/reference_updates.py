@@ -12,8 +12,7 @@ One 16-bit number, in other words, with the exponents of the weight's format and
 residual: sign, 4 and 11), cut so that the weight is the number rounded to nearest. The weight has one scale, which has
 to be known before the first element is written. Adam's comes from the largest value of the last write, kept beside the
 residual, and from a bound on what one step can add to it (:func:`largest_ratio`). Any other update's is that of the
-largest new value, which a pass before the writing one finds: SGD has no bound, and Lion, which has, steps so fast that
-the pass costs little and no scale is ever larger than it must be.
+largest new value, which costs a pass before the writing one and asks nothing of the update (SGD's has no bound).
 """
 
 from __future__ import annotations
