@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msamp_like.tensor import ScalingTensor, real
+from msamp_like.tensor import ScalingTensor, norm
 
 LARGEST_GROWTH = 4.0
 """Of a squared norm from step to step: what a first gradient may tell about the others."""
@@ -118,7 +118,7 @@ class Released:
         """What the gradient is multiplied by."""
         if self.settings.max_norm is None:
             return None
-        power = torch.linalg.vector_norm(real(grad)).double().square()
+        power = norm(grad).double().square()
         power = self._powers[index] = torch.where(self._finite[index], power, 0.0)
         if self.settings.norm == "expected":
             power = torch.maximum(power, self._expected(index, power))

@@ -8,13 +8,14 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msamp_like import amp
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32
 from msamp_like.nn import clip_grad_norm_
 from msamp_like.policy import Rule
 from msamp_like.scaling import quantize
-from msamp_like.tensor import ScalingTensor, real
+from msamp_like.tensor import ScalingTensor, norm, real, scaling_tensor
 from tests.closeness import same_bits
 
 INFINITY = float("inf")
@@ -135,3 +136,28 @@ def test_a_trained_model_is_clipped_at_every_level(level):
     after = torch.cat([real(p.grad).flatten() for p in model.parameters()])
     assert after.norm().item() == pytest.approx(0.5, rel=1e-5)
     torch.testing.assert_close(after, before * 0.5 / before.norm(), rtol=1e-5, atol=1e-9)
+
+
+def test_a_norm_never_has_all_of_a_large_gradient_in_fp32(monkeypatch):
+    """Control: a gradient with blocks, which is taken as a whole."""
+    monkeypatch.setattr(scaling_tensor, "AT_ONCE", 1000)
+    grad = torch.randn(70, 50)
+    for rule, whole in (
+        (Rule(format=E4M3), False),
+        (Rule(format=BF16), False),
+        (Rule(format=E4M3, block=(1, 10)), True),
+    ):
+        stored, largest = quantize(grad, rule), []
+
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None, largest=largest):
+                made = func(*args, **(kwargs or {}))
+                if isinstance(made, Tensor) and made.dtype == torch.float32:
+                    largest.append(made.numel())
+                return made
+
+        with Sizes():
+            found = [norm(stored, ord) for ord in (1.0, 2.0, INFINITY)]
+        expected = [torch.linalg.vector_norm(real(stored), ord) for ord in (1.0, 2.0, INFINITY)]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # another order of the same sum
+        assert (max(largest) > 1000) == whole

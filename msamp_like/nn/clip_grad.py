@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from msamp_like.tensor import ScalingTensor, real
+from msamp_like.tensor import ScalingTensor, norm
 
 INFINITY = float("inf")
 
@@ -65,5 +65,5 @@ def _power(grad: Tensor | None, norm_type: float, device: torch.device) -> Tenso
     """One gradient's share of the joint norm; of none it is 0, so that the order of the sum is that of parameters."""
     if grad is None:
         return torch.zeros((), device=device)
-    norm = torch.linalg.vector_norm(real(grad), norm_type).to(device)
-    return norm if norm_type == INFINITY else norm.pow(norm_type)
+    length = norm(grad, norm_type).to(device)
+    return length if norm_type == INFINITY else length.pow(norm_type)

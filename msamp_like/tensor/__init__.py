@@ -1,6 +1,6 @@
 """ScalingTensor: a tensor stored in few bits with its scales, and the table of operations it defines."""
 
 from msamp_like.tensor import operations, sharding
-from msamp_like.tensor.scaling_tensor import ScalingTensor, real, unscaled
+from msamp_like.tensor.scaling_tensor import ScalingTensor, norm, real, unscaled
 
-__all__ = ["ScalingTensor", "operations", "real", "sharding", "unscaled"]
+__all__ = ["ScalingTensor", "norm", "operations", "real", "sharding", "unscaled"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msamp_like import kernels
 from msamp_like.formats import BF16
-from msamp_like.tensor.scaling_tensor import OPERATIONS, ScalingTensor, real, unscaled
+from msamp_like.tensor.scaling_tensor import OPERATIONS, ScalingTensor, norm, real, unscaled
 
 aten = torch.ops.aten
 
@@ -191,6 +191,8 @@ def _vector_norm(
     source: ScalingTensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
     _not_scattered(source)
+    if dim is None and not keepdim and dtype is None:
+        return norm(source, ord)
     return torch.linalg.vector_norm(source.dequantize(torch.float32), ord, dim, keepdim, dtype=dtype)
 
 
@@ -233,7 +235,7 @@ def _embedding(
 def _foreach_norm(tensors: Sequence[Tensor], ord: float = 2, dtype: Any = None) -> list[Tensor]:
     for tensor in tensors:
         _not_scattered(tensor)
-    return [torch.linalg.vector_norm(real(t), ord) for t in tensors]
+    return [norm(t, ord) for t in tensors]
 
 
 @_defines(aten._foreach_mul_.Scalar, aten._foreach_mul_.Tensor)

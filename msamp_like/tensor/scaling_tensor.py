@@ -24,6 +24,9 @@ from msamp_like.kernels import Noise, Operand
 
 aten = torch.ops.aten
 
+AT_ONCE = 2**24
+"""Elements that are FP32 numbers together while a norm is taken: 64 MiB."""
+
 
 class Gemm(Protocol):
     """What a weight knows about its products, so that ``F.linear`` takes the same path as the layer that owns it."""
@@ -359,6 +362,16 @@ torch.serialization.add_safe_globals([ScalingTensor, rebuild])
 def real(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The plain values of a plain or scaling tensor."""
     return tensor.dequantize(dtype) if isinstance(tensor, ScalingTensor) else tensor.to(dtype)
+
+
+def norm(tensor: Tensor, ord: float = 2.0) -> Tensor:
+    """Vector norm of the real values, an FP32 scalar. Where one scale serves all of a large tensor, the values are
+    never all in FP32 at once."""
+    if not isinstance(tensor, ScalingTensor) or tensor.block != WHOLE or tensor.numel() <= AT_ONCE:
+        return torch.linalg.vector_norm(real(tensor), ord)
+    parts = tensor.payload.view(-1).split(AT_ONCE)
+    values = (kernels.dequantize(part, tensor.scale_inv, WHOLE, torch.float32) for part in parts)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v, ord) for v in values]), ord)
 
 
 def unscaled(values: Tensor, dtype: torch.dtype) -> ScalingTensor:
