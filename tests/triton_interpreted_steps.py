@@ -10,7 +10,7 @@ import torch
 
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, UE5M3, WHOLE
 from msamp_like.kernels import Operand, reference, reference_updates, triton_optimizers, triton_table
-from msamp_like.kernels.reference_updates import AdamScalars, Row
+from msamp_like.kernels.reference_updates import AdamScalars, LionScalars, Row, SgdScalars
 from msamp_like.kernels.triton_optimizers import adam_steps_
 from msamp_like.kernels.triton_table import CHOICE
 from tests.operands import NOISE, STORED, adam_operands, around_binades, bits, row_of, same
@@ -36,11 +36,11 @@ def table() -> list[Row]:
     return [cloned(row) for row in (*rows, *copied)]
 
 
-def agree(rows, scalars=SCALARS, steps=1, choice=SMALL):
+def agree(rows, scalars=SCALARS, steps=1, choice=SMALL, name="adam_steps_"):
     got, expected = [cloned(row) for row in rows], [cloned(row) for row in rows]
     for step in range(steps):
-        adam_steps_([row._replace(step=row.step + step) for row in got], scalars, choice=choice)
-        reference_updates.adam_steps_([row._replace(step=row.step + step) for row in expected], scalars)
+        getattr(triton_optimizers, name)([row._replace(step=row.step + step) for row in got], scalars, choice=choice)
+        getattr(reference_updates, name)([row._replace(step=row.step + step) for row in expected], scalars)
     for a, b in zip(got, expected, strict=True):
         assert all(same(*pair) for pair in zip(tensors_of(a), tensors_of(b), strict=True))
     return got
@@ -107,6 +107,23 @@ def test_a_table_equals_its_rows_one_by_one():
     agree(table(), steps=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "scalars"),
+    [
+        ("lion_steps_", LionScalars(1e-4, 0.9, 0.99, 0.1)),
+        ("sgd_steps_", SgdScalars(1e-3, 0.0, 0.0, 0.1, False)),
+        ("sgd_steps_", SgdScalars(1e-3, 0.9, 0.1, 0.0, False)),
+        ("sgd_steps_", SgdScalars(1e-3, 0.9, 0.0, 0.1, True)),
+    ],
+)
+def test_other_optimizers_equal_the_reference(name, scalars):
+    """One state each; the first row is at its first step, where momentum is the gradient."""
+    rows = [row._replace(states=row.states[:1], step=1 + i % 2) for i, row in enumerate(table())]
+    rows = [row for i, row in enumerate(rows) if i in (0, 1, 3, 4, 5, 6, 8, 9, 17)]
+    poisoned = rows[6]._replace(grad=stored(torch.full((3, 1024), torch.inf), E4M3, WHOLE))
+    agree([*rows, cloned(poisoned)], scalars, name=name)
+
+
 def test_another_key_is_noticed(monkeypatch):
     """The control: noise is of the row's own keys."""
     monkeypatch.setattr(triton_table, "keys", lambda noise: (1, 2))
@@ -167,8 +184,8 @@ def test_addresses_that_are_no_multiple_of_16_and_gradients_with_strides():
 
     row = o2_row((4, 256))
     shifted = row._replace(param=moved(row.param), states=tuple(moved(s) for s in row.states))
-    assert not triton_table.plan(shifted)[0].EVEN
-    assert triton_table.plan(row)[0].EVEN
+    assert not triton_table.plan(shifted).combination.EVEN
+    assert triton_table.plan(row).combination.EVEN
     agree([shifted])
     strided = row.grad._replace(payload=row.grad.payload.view(256, 4).t())
     agree([row._replace(grad=strided)])

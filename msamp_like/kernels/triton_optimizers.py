@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,15 @@ from torch import Tensor
 from msamp_like.kernels import reference_updates
 from msamp_like.kernels.fp8_units import fp8_units
 from msamp_like.kernels.reference import Operand
-from msamp_like.kernels.reference_updates import AdamScalars, Row, bounds, corrected, largest_ratio
+from msamp_like.kernels.reference_updates import (
+    AdamScalars,
+    LionScalars,
+    Row,
+    SgdScalars,
+    bounds,
+    corrected,
+    largest_ratio,
+)
 from msamp_like.kernels.triton_casts import dequantize, store_
 from msamp_like.kernels.triton_steps import FOUND, settle_kernel, step_kernel
 from msamp_like.kernels.triton_table import (
@@ -28,7 +36,6 @@ from msamp_like.kernels.triton_table import (
     Combination,
     Planned,
     addresses,
-    copies,
     numbers,
     plan,
     programs,
@@ -41,29 +48,54 @@ logger = logging.getLogger(__name__)
 class _Update(NamedTuple):
     """An update's name in the kernel, and what it multiplies by, the same for all rows."""
 
-    kind: str
+    kind: str  # "adam", "lion", "sgd" without momentum, "momentum" or "nesterov"
     decay: str  # "none", "decoupled" (of the weight) or "added" (to the gradient)
-    coefficients: tuple[float, float, float, float, float, float]  # keep, weight decay, two betas and their rests
-    bounded: bool  # whether a master in two parts has its next scale from a bound
+    keep: float
+    weight_decay: float
+    beta1: float
+    rest1: float
+    beta2: float = 0.0
+    rest2: float = 0.0
 
 
 def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None, choice: Choice = CHOICE) -> None:
     """``reference_updates.adam_steps_``; rows that the pass cannot take go to the reference itself."""
     s = scalars
-    coefficients = (1 - s.lr * s.weight_decay, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2)
     decay = "none" if s.weight_decay == 0 else "decoupled" if s.decoupled else "added"
-    planned, others = _planned(rows)
-    changing = [_adam_numbers(scalars, row.row.step) for row in planned]
-    _step_(planned, changing, _Update("adam", decay, coefficients, bounded=True), bad, choice)
-    for row in others:
+    keep = 1 - s.lr * s.weight_decay
+    update = _Update("adam", decay, keep, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2)
+    for row in _step_(rows, update, functools.partial(_adam_numbers, scalars), bad, choice):
         reference_updates.adam_steps_([row], scalars, bad)
+
+
+def lion_steps_(rows: Sequence[Row], scalars: LionScalars, bad: Tensor | None = None, choice: Choice = CHOICE) -> None:
+    """``reference_updates.lion_steps_``, likewise."""
+    s = scalars
+    keep = 1 - s.lr * s.weight_decay
+    update = _Update("lion", "decoupled", keep, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2)
+    for row in _step_(rows, update, functools.partial(_rate_alone, s.lr), bad, choice):
+        reference_updates.lion_steps_([row], scalars, bad)
+
+
+def sgd_steps_(rows: Sequence[Row], scalars: SgdScalars, bad: Tensor | None = None, choice: Choice = CHOICE) -> None:
+    """``reference_updates.sgd_steps_``, likewise."""
+    s = scalars
+    kind = "sgd" if s.momentum == 0 else "nesterov" if s.nesterov else "momentum"
+    decay = "none" if s.weight_decay == 0 else "added"
+    update = _Update(kind, decay, 1.0, s.weight_decay, s.momentum, 1 - s.dampening)
+    for row in _step_(rows, update, functools.partial(_rate_alone, s.lr), bad, choice):
+        reference_updates.sgd_steps_([row], scalars, bad)
 
 
 @functools.lru_cache(maxsize=64)
 def _adam_numbers(scalars: AdamScalars, step: int) -> tuple[float, ...]:
-    """Computed in double as the reference does; each is rounded to FP32 once."""
+    """Rate, eps, ratio, growth and increase, in double as the reference has them; each is rounded to FP32 once."""
     ratio = largest_ratio(scalars, step)
     return (*corrected(scalars, step), ratio, *bounds(scalars, step, ratio))
+
+
+def _rate_alone(rate: float, step: int) -> tuple[float, ...]:
+    return rate, 0.0, 0.0, 0.0, 0.0
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -76,13 +108,14 @@ def _planned(rows: Sequence[Row]) -> tuple[list[Planned], list[Row]]:
     for row in rows:
         if row.param.payload.numel() == 0:
             continue
-        row = row._replace(grad=_contiguous(row.grad))
-        found = plan(row)
+        if not row.grad.payload.is_contiguous() or not row.grad.scale_inv.is_contiguous():
+            row = row._replace(grad=_contiguous(row.grad))
+        found = plan(row, len(planned))
         if isinstance(found, str):
             _name_fallback(found)
             others.append(row)
         else:
-            planned.append(Planned(len(planned), row, *found))
+            planned.append(found)
     return planned, others
 
 
@@ -99,23 +132,27 @@ def _name_fallback(reason: str) -> None:
 
 
 def _step_(
-    rows: list[Planned], changing: list[tuple[float, ...]], update: _Update, bad: Tensor | None, choice: Choice
-) -> None:
-    """The launches of a table: those of one combination after those of another."""
-    if not rows:
-        return
-    device = rows[0].row.param.payload.device
-    found = torch.zeros(len(rows), FOUND.value, dtype=torch.int32, device=device)
-    tables = addresses(rows, device), numbers(rows, changing, device), found
+    rows: Sequence[Row], update: _Update, numbers_of: Callable[[int], tuple[float, ...]], bad: Tensor | None,
+    choice: Choice,
+) -> list[Row]:  # fmt: skip
+    """The launches of a table, those of one combination after those of another; returns the rows that none takes."""
+    planned, others = _planned(rows)
+    if not planned:
+        return others
+    device = planned[0].row.param.payload.device
+    found = torch.zeros(len(planned), FOUND.value, dtype=torch.int32, device=device)
+    changing = [numbers_of(row.row.step) for row in planned]
+    tables = addresses(planned, device), numbers(planned, changing, device), found
     skip = torch.zeros(1, device=device) if bad is None else bad
     together: dict[Combination, list[Planned]] = {}
-    for row in rows:
+    for row in planned:
         together.setdefault(row.combination, []).append(row)
     for combination, members in together.items():
         _launch_step(combination, members, tables, update, skip, choice)
-    for row in rows:
-        if row.row.copy is not None and not copies(row.row):
-            _cast_copy(row.row, bad)
+    for row in planned:
+        if row.combination.COPY == "none" and row.row.copy is not None:
+            _cast_copy(row.row.param, row.row.copy, bad)
+    return others
 
 
 def _launch_step(
@@ -126,9 +163,9 @@ def _launch_step(
     places, _, found = tables
     stored = {**combination._asdict(), "UNITS": _knows_e4m3(device), "CONVERTS": choice.converts}
     chunks = programs(rows, group * choice.tiles, device)
-    for measures in (True, False) if combination.measured(update.bounded) else (False,):
+    for measures in (True, False) if combination.measured(update.kind) else (False,):
         launch(
-            step_kernel, found, len(chunks), *tables, chunks, bad, *update.coefficients,
+            step_kernel, found, len(chunks), *tables, chunks, bad, *update[2:],
             KIND=update.kind, DECAY=update.decay, MEASURES=measures, **stored,
             **combination.options(choice, choice.tiles),
         )  # fmt: skip
@@ -143,12 +180,9 @@ def _knows_e4m3(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and fp8_units(device).triton
 
 
-def _cast_copy(row: Row, bad: Tensor | None) -> None:
+def _cast_copy(param: Operand, copy: Operand, bad: Tensor | None) -> None:
     """A copy that the pass does not write, from what is now stored; where a step is ``bad``, what it was."""
-    param, copy = row.param, row.copy
-    if copy is None:
-        return
-    value = dequantize(param.payload, param.scale_inv, param.block, torch.float32)
+    value = dequantize(*param[:3], torch.float32)
     if bad is None:
         store_(copy, value)
         return

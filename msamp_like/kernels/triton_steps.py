@@ -78,6 +78,18 @@ def _updated(
             quotient = tl.minimum(quotient, ratio, propagate_nan=tl.PropagateNan.ALL)
             quotient = tl.maximum(quotient, -ratio, propagate_nan=tl.PropagateNan.ALL)
         w = w - quotient * rate
+    elif KIND == "lion":
+        mean = m * beta1 + g * rest1
+        w = w - ((mean > 0).to(tl.float32) - (mean < 0).to(tl.float32)) * rate
+        m = m * beta2 + g * rest2
+    else:
+        direction = g
+        if KIND != "sgd":
+            m = tl.where(tl.load(numbers + STEP) == 1, g, m * beta1 + g * rest1)
+            direction = m
+        if KIND == "nesterov":
+            direction = g + m * beta1
+        w = w - direction * rate
     return w, m, v
 
 

@@ -79,10 +79,10 @@ class Combination(NamedTuple):
     EVEN: bool  # full blocks one behind the other, addresses that are multiples of 16
     BLOCK: int
 
-    def measured(self, bounded: bool) -> bool:
-        """Whether a scale has to be known before anything is written; an update may be ``bounded`` in two parts."""
+    def measured(self, kind: str) -> bool:
+        """Whether a scale has to be known before anything is written; of a master in two parts Adam has a bound."""
         whole = "whole" in (self.PARAM_MODE, self.FIRST_MODE, self.SECOND_MODE)
-        return whole or (self.SPLIT and not bounded)
+        return whole or (self.SPLIT and kind != "adam")
 
     def settled(self) -> bool:
         """Whether something is known only when all of a tensor has been read."""
@@ -123,29 +123,32 @@ class Planned(NamedTuple):
     row: Row
     combination: Combination
     geometry: Geometry
+    pointers: tuple[int, ...]
 
 
-def plan(row: Row) -> tuple[Combination, Geometry] | str:
-    """The kernel that takes a row, and the matrix it sees; or why none does. Its copy is left out where the pass does
-    not write it: see :func:`copies`."""
-    operands = (row.param, *row.states, row.grad)
-    tensors = [tensor for operand in operands for tensor in operand[:2]]
-    tensors += [] if row.residual is None else list(row.residual)
+def plan(row: Row, place: int = 0) -> Planned | str:
+    """How a pass takes a row, or why none does. A copy that it does not write is left out of the combination: one with
+    blocks, with noise, or of the upper half of a master."""
+    states = row.states
+    operands = (row.param, states[0], states[-1], row.grad)
+    copy = row.copy if row.copy is not None and _takes(row.copy) and row.residual is None else None
+    # what a kernel is compiled without, it never reads
+    listed = (*operands, copy or row.param, row.residual or row.param)
+    tensors = [tensor for operand in listed for tensor in operand[:2]]
     if not all(tensor.is_contiguous() for tensor in tensors):
         return "a payload or its scales are not contiguous"
-    tensors += [row.copy.payload] if row.copy is not None and copies(row) else []
-    aligned = all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
-    copy = row.copy.payload.dtype if row.copy is not None and copies(row) else None
+    pointers = tuple(tensor.data_ptr() for tensor in tensors)
+    aligned = not any(pointer % _ALIGNMENT for pointer in pointers[::2])
     stored = tuple(_stored(operand) for operand in operands)
-    return _plan(row.param.payload.shape, stored, copy, row.residual is not None, _shares(row), aligned)
+    copied = None if copy is None else copy.payload.dtype
+    shape = row.param.payload.shape
+    found = _plan(shape, stored, len(states), copied, row.residual is not None, _shares(row), aligned)
+    return found if isinstance(found, str) else Planned(place, row, *found, pointers)
 
 
-def copies(row: Row) -> bool:
-    """Whether the pass writes the row's copy: one scale, rounded to nearest, and its master in one part."""
-    copy = row.copy
-    if copy is None or row.residual is not None or copy.noise is not None or copy.scale_inv.numel() > 1:
-        return False
-    return copy.payload.is_contiguous() and format_of(copy.payload.dtype).signed
+def _takes(copy: Operand) -> bool:
+    """Whether a pass writes such a copy: one scale, rounded to nearest."""
+    return copy.noise is None and copy.scale_inv.numel() == 1 and copy.payload.is_contiguous()
 
 
 def _stored(operand: Operand) -> _Stored:
@@ -163,13 +166,19 @@ def _shares(row: Row) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    shape: torch.Size, stored: tuple[_Stored, ...], copy: torch.dtype | None, split: bool, shared: bool, aligned: bool
+    shape: torch.Size,
+    stored: tuple[_Stored, ...],
+    num_states: int,
+    copy: torch.dtype | None,
+    split: bool,
+    shared: bool,
+    aligned: bool,
 ) -> tuple[Combination, Geometry] | str:
     extents = {_row_block(shape, operand.block) for operand in stored if operand.num_scales > 1}
     if None in extents or len(extents) > 1:
         blocks = ", ".join(str(operand.block) for operand in stored)
         return f"blocks must be one row of at most {MAX_BLOCK}, the same for all, got {blocks}"
-    param, *states, grad = stored
+    param, first, second, grad = stored
     if split and not (_name(param) == "e4m3" and param.num_scales == 1 and param.half != 2):
         return f"a master in two parts has an E4M3 weight of one scale, got {param.dtype}"
     rows, columns = matrix_shape(shape)
@@ -180,18 +189,8 @@ def _plan(
         rows, columns = 1, rows * columns
     padded = triton.next_power_of_2(block)
     even = aligned and rows == 1 and columns % padded == 0 and padded == block
-    fields: dict[str, Any] = {
-        "SECOND": "none",
-        "SECOND_MODE": "none",
-        "SECOND_NOISY": False,
-        "SECOND_LOWER_HALF": False,
-    }
-    for name, operand in zip(("PARAM", "FIRST", "SECOND"), (param, *states)):
-        fields |= {name: _name(operand), f"{name}_MODE": _mode(operand)}
-        fields |= {
-            f"{name}_NOISY": operand.half >= 0 and fields[name] != "fp32",
-            f"{name}_LOWER_HALF": operand.half == 2,
-        }
+    fields = {**_fields("PARAM", param), **_fields("FIRST", first)}
+    fields |= _fields("SECOND", second if num_states == 2 else None)
     if split:
         fields["PARAM_MODE"] = "none"
     combination = Combination(
@@ -231,11 +230,8 @@ def _row_block(shape: torch.Size, block: Block) -> int | None:
 def addresses(rows: Sequence[Planned], device: torch.device) -> Tensor:
     """The table of addresses and shapes, int64, 16 a row."""
     packed = bytearray()
-    for _, row, _, geometry in rows:
-        copy, second = row.copy or row.param, row.states[-1]  # what a kernel is compiled without, it never reads
-        operands = (row.param, row.states[0], second, row.grad, copy, row.residual or row.param)
-        pairs = (tensor.data_ptr() for operand in operands for tensor in operand[:2])
-        packed += _ADDRESSES.pack(*pairs, *geometry)
+    for row in rows:
+        packed += _ADDRESSES.pack(*row.pointers, *row.geometry)
     return _kept(bytes(packed), device, _stream(device))
 
 
@@ -243,7 +239,7 @@ def numbers(rows: Sequence[Planned], coefficients: Sequence[Sequence[float]], de
     """The table of what changes each step, int32, 12 a row; ``coefficients`` are FP32 rate, eps, ratio, growth and
     increase of each row."""
     packed = bytearray()
-    for (_, row, combination, _), found in zip(rows, coefficients, strict=True):
+    for (_, row, combination, *_), found in zip(rows, coefficients, strict=True):
         param, first = keys(row.param.noise), keys(row.states[0].noise)
         second = param if combination.SHARED else keys(row.states[-1].noise)
         packed += _NUMBERS.pack(*param, *first, *second, *found, row.step)
