@@ -105,11 +105,11 @@ LEVELS: dict[str, tuple[tuple[Format, Block], ...]] = {  # parameter, gradient, 
 COPIES = {"O2": E4M3, "O1": E4M3, "O0": BF16}
 
 
-def level_row(level: str, tensor: int, copied: bool) -> Row:
-    """A parameter of HIDDEN x HIDDEN as a level stores it, its states rounded as in training."""
+def level_row(level: str, tensor: int, copied: bool, size: int = HIDDEN, device: str = DEVICE) -> Row:
+    """A square parameter as a level stores it, its states rounded as in training."""
     stored: list[Operand] = []
     for role, (scale, (format, block)) in enumerate(zip((1, 1e-3, 1e-3, 1e-6), LEVELS[level])):
-        value = torch.rand(HIDDEN, HIDDEN, device=DEVICE) * scale
+        value = torch.rand(size, size, device=device) * scale
         noise = Noise(0, tensor, 1, (4, 0, 5, 6)[role]) if role in (0, 3) and format is not FP32 else None
         if level == "lean" and role == 0:
             payload, scale_inv, rest, largest = kernels.quantize_with_residual(value, kernels.amax(value, WHOLE), E4M3)

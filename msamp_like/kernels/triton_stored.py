@@ -174,13 +174,13 @@ def random_words(offsets, key0, key1):
 
 @triton.jit
 def _uniform(word, BITS: tl.constexpr, LOWER_HALF: tl.constexpr):
-    """The upper BITS of a half of a word as a number in [0, 1): set into the mantissa of 2^(23 - BITS), taken off."""
+    """The upper BITS of a half of a word as a number in [0, 1): set into the mantissa of 2^7, which is taken off."""
+    MASK: tl.constexpr = 0x10000 - (1 << (16 - BITS))
     if LOWER_HALF:
-        drawn = (word & 0xFFFF) >> (16 - BITS)
+        drawn = word & MASK
     else:
-        drawn = word >> (32 - BITS)
-    above: tl.constexpr = 2.0 ** (23 - BITS)
-    return (drawn | ((150 - BITS) << 23)).to(tl.float32, bitcast=True) - above
+        drawn = (word >> 16) & MASK
+    return (drawn | 0x43000000).to(tl.float32, bitcast=True) - 128.0
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
