@@ -187,7 +187,7 @@ def step_kernel(
         largest_m = largest_of(m, exists, inside, EVEN)
         largest_v = largest_m
         if SECOND != "none":
-            largest_v = largest_of(v, exists, inside, EVEN)
+            largest_v = largest_of(v, exists, inside, EVEN, False)
         param_found = tl.maximum(param_found, largest_w)
         first_found = tl.maximum(first_found, largest_m)
         second_found = tl.maximum(second_found, largest_v)
@@ -210,7 +210,7 @@ def step_kernel(
                 if SECOND_NOISY and not SHARED:
                     word = _words(numbers, offsets, SECOND_KEYS)
                 write(v, largest_v, second_whole, word, second, second_scales, blocks, exists, offsets, inside,
-                      SECOND, SECOND_MODE, SECOND_NOISY, SECOND_LOWER_HALF, CONVERTS)  # fmt: skip
+                      SECOND, SECOND_MODE, SECOND_NOISY, SECOND_LOWER_HALF, CONVERTS, False)  # fmt: skip
             if FIRST_NOISY:
                 word = _words(numbers, offsets, FIRST_KEYS)
             write(m, largest_m, first_whole, word, first, first_scales, blocks, exists, offsets, inside,

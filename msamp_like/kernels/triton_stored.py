@@ -123,12 +123,13 @@ def read_split(weight, residual, scale_inv, offsets, inside):
 
 
 @triton.jit
-def largest_of(value, exists, inside, EVEN: tl.constexpr):
-    """Bits of each block's amax; 0 of one that does not exist."""
-    magnitudes = magnitude_bits(value)
+def largest_of(value, exists, inside, EVEN: tl.constexpr, SIGNED: tl.constexpr = True):
+    """Bits of each block's amax; 0 of one that does not exist. Numbers without a sign are their own magnitudes, and a
+    NaN is above infinity whatever its sign bit."""
+    magnitudes = magnitude_bits(value) if SIGNED else value.to(tl.uint32, bitcast=True)
     if not EVEN:
         magnitudes = tl.where(inside, magnitudes, 0)
-    return tl.where(exists, tl.max(magnitudes, axis=1), 0)
+    return tl.where(exists, tl.max(magnitudes, axis=1).to(tl.int32, bitcast=True) & MAGNITUDE, 0)
 
 
 @triton.jit
@@ -204,8 +205,9 @@ def _fitting(value, word, MANTISSA: tl.constexpr, FIELD: tl.constexpr, NOISY: tl
 
 @triton.jit
 def fitting_code(
-    value, word, FORMAT: tl.constexpr, NOISY: tl.constexpr, LOWER_HALF: tl.constexpr, CONVERTS: tl.constexpr
-):
+    value, word, FORMAT: tl.constexpr, NOISY: tl.constexpr, LOWER_HALF: tl.constexpr, CONVERTS: tl.constexpr,
+    SIGNED: tl.constexpr = True,
+):  # fmt: skip
     """``encode`` of scaled values that are finite and fit the format; of others some code. With CONVERTS the device's
     own instruction rounds to E4M3."""
     bits = value.to(tl.int32, bitcast=True)
@@ -216,7 +218,9 @@ def fitting_code(
     elif FORMAT == "e5m2":
         code = _fitting(value, word, 2, E5M2_FIELD, NOISY, LOWER_HALF) | ((bits >> 24) & 0x80)
     elif FORMAT == "fp16":
-        code = _fitting(value, word, 10, FP16_FIELD, NOISY, LOWER_HALF) | ((bits >> 16) & 0x8000)
+        code = _fitting(value, word, 10, FP16_FIELD, NOISY, LOWER_HALF)
+        if SIGNED:
+            code = code | ((bits >> 16) & 0x8000)
     elif FORMAT == "ue5m3":
         code = _fitting(tl.maximum(value, 0.0), word, 3, UE5M3_FIELD, NOISY, LOWER_HALF)
     elif FORMAT == "fp32":
@@ -233,6 +237,7 @@ def fitting_code(
 def write(
     value, largest, whole, word, payload, scale_inv, blocks, exists, offsets, inside,
     FORMAT: tl.constexpr, MODE: tl.constexpr, NOISY: tl.constexpr, LOWER_HALF: tl.constexpr, CONVERTS: tl.constexpr,
+    SIGNED: tl.constexpr = True,
 ):  # fmt: skip
     """Store FP32 ``value``: with a scale from each block's ``largest``, with the scale ``whole`` of all, or with none;
     returns what was stored, as codes and as the scales of the tile's rows.
@@ -243,14 +248,14 @@ def write(
         scales = next_scale(largest, FORMAT)
         tl.store(scale_inv + blocks, scales, mask=exists)
         kept = tl.where(largest >= INFINITY, 0, -1)
-        code = fitting_code(value * factor_of(scales)[:, None], word, FORMAT, NOISY, LOWER_HALF, CONVERTS)
+        code = fitting_code(value * factor_of(scales)[:, None], word, FORMAT, NOISY, LOWER_HALF, CONVERTS, SIGNED)
         code = code & kept[:, None]
     elif MODE == "whole":
         scales = whole + largest * 0
-        code = fitting_code(value * factor_of(whole), word, FORMAT, NOISY, LOWER_HALF, CONVERTS)
+        code = fitting_code(value * factor_of(whole), word, FORMAT, NOISY, LOWER_HALF, CONVERTS, SIGNED)
     else:
         scales = (largest * 0 + 0x3F800000).to(tl.float32, bitcast=True)
-        code = fitting_code(value, word, FORMAT, NOISY, LOWER_HALF, CONVERTS)
+        code = fitting_code(value, word, FORMAT, NOISY, LOWER_HALF, CONVERTS, SIGNED)
     stored = narrow(code, FORMAT)
     tl.store(payload + offsets, stored, mask=inside)
     return stored, scales
