@@ -50,6 +50,18 @@ class GradientRelease:
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm must be positive, or None for no clipping, got {self.max_norm}")
 
+    @classmethod
+    def of(cls, given: bool | GradientRelease) -> GradientRelease | None:
+        """What a caller asks for: True is no clipping, False keeps gradients. Raises TypeError for anything else."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, bool):
+            raise TypeError(
+                f"gradient_release must be True, False or a GradientRelease, got {given!r}; to clip, give "
+                "optim.GradientRelease(max_norm=...)"
+            )
+        return cls() if given else None
+
 
 class Released:
     """The gradients of one optimizer's parameters on their way: clipped, handed to ``update``, freed.

@@ -197,18 +197,18 @@ def test_a_bad_step_writes_nothing(where):
         assert not same(*pairs[0])  # control: the same tensors
 
 
-def test_a_table_with_two_threads():
+@pytest.mark.parametrize("scalars", [LION, SGD], ids=["Lion", "SGD"])
+def test_a_table_with_two_threads(scalars):
+    rows = [row_of("lean", (300, 256)), *(row_of(kind, (150, 256)) for kind in KINDS), row_of("O2", (300, 130))]
+    after, expected = [cloned(r) for r in rows], [cloned(r) for r in rows]
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     try:
-        rows = [row_of("lean", (300, 256)), *(row_of(kind, (150, 256)) for kind in KINDS), row_of("O2", (300, 130))]
-        for scalars in (LION, SGD):
-            after, expected = [cloned(r) for r in rows], [cloned(r) for r in rows]
-            run(after, scalars)
-            run(expected, scalars, where=reference_updates)
-            assert all(same(a, b) for a, b in zip(all_tensors(after), all_tensors(expected), strict=True))
+        for num, table, where in ((2, after, kernels), (1, expected, reference_updates)):
+            torch.set_num_threads(num)
+            run(table, scalars, where=where)
     finally:
         torch.set_num_threads(threads)
+    assert all(same(a, b) for a, b in zip(all_tensors(after), all_tensors(expected), strict=True))
 
 
 def test_the_comparison_notices_what_it_should():

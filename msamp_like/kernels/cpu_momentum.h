@@ -1,7 +1,7 @@
 // Fused steps of updates that keep one state, a momentum: Lion and SGD. Part of cpu_kernels.h.
 //
 // An update is compiled once for a master's and a momentum's formats. What else rows differ in (noise, the gradient's
-// format, a copy) is asked once a group: there is no divider to keep busy as in Adam's steps, and few of these are hot.
+// format, a copy) is asked once a group, which costs little and saves a kernel for each combination.
 
 // reference_updates.lion_update
 struct Lion {
@@ -136,14 +136,21 @@ struct OneState {
         raise_to(&row.stored[0].amax, largest_lane(whole[0]));
     }
 
+    // A block is written while the next is updated, and its copy made from what was written while that one is: neither
+    // waits for a scale or for stores on their way.
     void run(int64_t low, int64_t high) {
-        F params[VECTORS], firsts[VECTORS];
-        for (int64_t block = low; block < high; ++block) {
-            const Four amax = stage(block, params, firsts);
-            write<Param>(param, block, params, amax[0], weight_scale);
-            write<First>(first, block, firsts, amax[1], F{});
+        F params[2][VECTORS], firsts[2][VECTORS];
+        Four amax[2];
+        for (int64_t block = low; block < high + 2; ++block) {
+            const int fresh = block & 1, ready = fresh ^ 1;
+            if (block < high) amax[fresh] = stage(block, params[fresh], firsts[fresh]);
             if constexpr (Param != SPLIT)
-                if (row.copy.payload) whole[2] = write_copy<Param, COPY>(row, block, copy_scale, whole[2]);
+                if (row.copy.payload && block > low + 1)
+                    whole[2] = write_copy<Param, COPY>(row, block - 2, copy_scale, whole[2]);
+            if (block > low && block <= high) {
+                write<Param>(param, block - 1, params[ready], amax[ready][0], weight_scale);
+                write<First>(first, block - 1, firsts[ready], amax[ready][1], F{});
+            }
         }
         for (int k = 0; k < 2; ++k) raise_to(&row.stored[k].amax, largest_lane(whole[k]));
         raise_to(&row.copy.amax, largest_lane(whole[2]));

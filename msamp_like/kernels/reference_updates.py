@@ -11,8 +11,8 @@ A master may be stored in two parts of 8 bits, a weight that products read as it
 One 16-bit number, in other words, with the exponents of the weight's format and 8 mantissa bits more (E4M3 and its
 residual: sign, 4 and 11), cut so that the weight is the number rounded to nearest. The weight has one scale, which has
 to be known before the first element is written. Adam's comes from the largest value of the last write, kept beside the
-residual, and from a bound on what one step can add to it (:func:`largest_ratio`); an update without a bound, as SGD, is
-that of the largest new value, which costs a pass before the writing one.
+residual, and from a bound on what one step can add to it (:func:`largest_ratio`). Any other update's is that of the
+largest new value, which costs a pass before the writing one and asks nothing of the update (SGD's has no bound).
 """
 
 from __future__ import annotations
