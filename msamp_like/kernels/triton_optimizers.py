@@ -3,7 +3,8 @@
 Rows of a table that store alike are one launch of :mod:`.triton_steps`, two where something is known only when a whole
 tensor has been read, three where it must be known before. A master in blocks of one row, (1, b) with b at most 4096,
 states alike, a gradient of one scale or such blocks: that is every level. What else there is (blocks of several rows,
-strides) is the reference's, and said once in the log; a copy with blocks is a cast after the pass.
+strides) is the reference's, which reads the flag ``bad`` on the host, and said once in the log; a copy with blocks is a
+cast after the pass.
 """
 
 from __future__ import annotations

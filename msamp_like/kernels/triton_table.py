@@ -272,7 +272,15 @@ def _stream(device: torch.device) -> int:
 
 
 def _uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """The table on the device, without a wait; torch keeps the pinned memory until the copy is done."""
+    """The table on the device, without a wait; torch keeps the pinned memory until the copy is done.
+
+    Raises RuntimeError where a CUDA graph is captured: its replay would step with these numbers again and again.
+    """
     if device.type != "cuda":
         return table.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "an optimizer's step is uploaded anew each time, got one inside of the capture of a CUDA graph; "
+            "capture forward and backward alone, and step outside"
+        )
     return table.pin_memory().to(device, non_blocking=True)
