@@ -16,7 +16,7 @@ from msamp_like.kernels.triton_table import CHOICE
 from tests.operands import NOISE, STORED, adam_operands, around_binades, bits, row_of, same
 from tests.test_updates import BLOCK, SCALARS, cloned, lean_row, o2_row, plain_row, stored, tensors_of
 
-SMALL = CHOICE._replace(elements=1024, tiles=2, settle_tiles=3)  # so that a few thousand elements are many programs
+SMALL = CHOICE._replace(elements=1024, tiles=2, settle_tiles=2)  # so that a few thousand elements are many programs
 
 
 def copy_of(row: Row, format, block=WHOLE, factor=1.0) -> Operand:
@@ -130,6 +130,23 @@ def test_another_key_is_noticed(monkeypatch):
     with pytest.raises(AssertionError):
         agree([o2_row((2, 256))])
     agree([o2_row((2, 256), stochastic=False)])
+
+
+def test_a_copy_whose_amax_crossed_a_binade_is_written_again(monkeypatch):
+    """The control: without the launch that settles, its scale and codes are those of the wrong binade."""
+    row = o2_row((3, 1024))
+    right, wrong = (row._replace(copy=copy_of(row, E4M3, factor=factor)) for factor in (1.0, 0.5))
+    agree([right, wrong])
+    launch = triton_optimizers.launch
+
+    def unsettled(kernel, *arguments, **options):
+        if kernel is triton_optimizers.step_kernel:
+            launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(triton_optimizers, "launch", unsettled)
+    agree([right])
+    with pytest.raises(AssertionError):
+        agree([wrong])
 
 
 def test_as_many_launches_for_many_rows_as_for_one(monkeypatch):
