@@ -1,4 +1,4 @@
-"""Every GPU figure in one run: casts, the Adam step, a linear layer, GPT-125M; beside what plain torch does there.
+"""Every GPU figure in one run: casts, optimizer steps, a linear layer, GPT-125M; beside what plain torch does there.
 
     python -m benchmarks.gpu                  # all parts, into docs/results/<device>.json
     python -m benchmarks.gpu --parts casts    # some
@@ -10,6 +10,7 @@ part. Without a CUDA or ROCm device it says so, writes nothing and exits with 0.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -25,14 +26,16 @@ from torch import Tensor, nn
 
 from benchmarks.result import parser, write
 from msamp_like import amp, kernels
-from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, WHOLE, Block, Format
-from msamp_like.kernels import AdamScalars, Operand, Row
+from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, UE5M3, WHOLE, Block, Format
+from msamp_like.kernels import AdamScalars, LionScalars, Noise, Operand, Residual, Row, SgdScalars
 from msamp_like.models import gpt
 from msamp_like.policy import RECIPES
 
 DEVICE = "cuda"
 TOKENS, HIDDEN, FFN = 16_384, 4_096, 16_384
 BATCH, CONTEXT, STEPS = 8, 2_048, 20
+MATRICES = 64  # of HIDDEN x HIDDEN: about 1e9 parameters
+ADAM = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True)
 WARMUP_STEPS = 20  # more than the 16 steps in which delayed scaling fills its history
 TIMEOUT_S = 600
 
@@ -92,31 +95,99 @@ def casts() -> dict[str, Any]:
     return rows
 
 
-def adam() -> dict[str, Any]:
-    """One step over one large tensor, beside torch's fused AdamW in FP32."""
-    state: Block = (1, 128)
-    levels: dict[str, tuple[tuple[Format, Block], ...]] = {
-        "O2": ((FP16, state), (E4M3, WHOLE), (E4M3, state), (FP16, state)),
-        "O1": ((FP16, state), (E4M3, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
-        "O0": ((FP32, WHOLE), (BF16, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
-    }
+STATE: Block = (1, 128)
+LEVELS: dict[str, tuple[tuple[Format, Block], ...]] = {  # parameter, gradient, first and second moment
+    "O2": ((FP16, STATE), (E4M3, WHOLE), (E4M3, STATE), (FP16, STATE)),
+    "lean": ((E4M3, WHOLE), (E4M3, WHOLE), (E4M3, STATE), (UE5M3, STATE)),
+    "O1": ((FP16, STATE), (E4M3, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
+    "O0": ((FP32, WHOLE), (BF16, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
+}
+COPIES = {"O2": E4M3, "O1": E4M3, "O0": BF16}
+
+
+def level_row(level: str, tensor: int, copied: bool, size: int = HIDDEN, device: str = DEVICE) -> Row:
+    """A square parameter as a level stores it, its states rounded as in training."""
+    stored: list[Operand] = []
+    for role, (scale, (format, block)) in enumerate(zip((1, 1e-3, 1e-3, 1e-6), LEVELS[level])):
+        value = torch.rand(size, size, device=device) * scale
+        noise = Noise(0, tensor, 1, (4, 0, 5, 6)[role]) if role in (0, 3) and format is not FP32 else None
+        if level == "lean" and role == 0:
+            payload, scale_inv, rest, largest = kernels.quantize_with_residual(value, kernels.amax(value, WHOLE), E4M3)
+            residual = Residual(rest, largest)
+        else:
+            payload, scale_inv, _ = kernels.quantize_current(value, format, block)
+        stored.append(Operand(payload, scale_inv, block, noise))
+    param, grad, *states = stored
+    copy = None
+    if copied:
+        real = kernels.dequantize(*param[:3], torch.float32)
+        copy = Operand(*kernels.quantize_current(real, COPIES[level], WHOLE)[:2], WHOLE)
+    return Row(param, grad, tuple(states), 10, copy, residual if level == "lean" else None)
+
+
+def moved_bytes(rows: list[Row]) -> float:
+    """The least that a step moves: the gradient read, the copy written, all else read and written."""
+    both = [t for row in rows for operand in (row.param, *row.states) for t in operand[:2]]
+    both += [row.residual.payload for row in rows if row.residual is not None]
+    once = [row.grad.payload for row in rows] + [row.copy.payload for row in rows if row.copy is not None]
+    return 2 * sum(t.nbytes for t in both) + sum(t.nbytes for t in once)
+
+
+def level_rows(level: str, copied: bool, optimizer: str = "adam") -> list[Row]:
+    rows = [level_row(level, i, copied) for i in range(MATRICES)]
+    return rows if optimizer == "adam" else [row._replace(states=row.states[:1]) for row in rows]
+
+
+def steps() -> dict[str, Any]:
+    """Fused steps of a table of about 1e9 parameters, beside torch's fused AdamW in FP32."""
     copy = copy_rate()
-    rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "parameters": TOKENS * HIDDEN}
-    scalars = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True)
-    for level, formats in levels.items():
-        stored: list[Operand] = []
-        for spread, (format, block) in zip((1, 1e-3, 1e-3, 1e-6), formats):
-            value = torch.rand(TOKENS, HIDDEN, device=DEVICE) * spread
-            stored.append(Operand(*kernels.quantize_current(value, format, block)[:2], block))
-        param, grad, first, second = stored
-        time_s = seconds(partial(kernels.adam_steps_, [Row(param, grad, (first, second), step=10)], scalars))
-        written = sum(t.payload.nbytes + t.scale_inv.nbytes for t in (param, first, second))
-        rows[f"fused step, {level}"] = rate(2 * written + grad.payload.nbytes, time_s, copy)
-        del stored, param, grad, first, second, value
-    weight = nn.Parameter(torch.randn(TOKENS, HIDDEN, device=DEVICE))
-    weight.grad = torch.randn_like(weight)
-    optimizer = torch.optim.AdamW([weight], lr=1e-4, fused=True)
-    rows["torch fused AdamW, FP32"] = rate(28 * weight.numel(), seconds(optimizer.step), copy)
+    rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "parameters": MATRICES * HIDDEN**2}
+    good = torch.zeros(1, device=DEVICE)
+    for level in LEVELS:
+        for copied in {False, level in COPIES}:
+            table = level_rows(level, copied)
+            time_s = seconds(partial(kernels.adam_steps_, table, ADAM, good))
+            name = f"AdamW, {level}{', copy written too' if copied else ''}"
+            rows[name] = rate(moved_bytes(table), time_s, copy)
+            rows[name]["ms per 1e9 parameters"] = round(time_s * 1e12 / rows["parameters"], 3)
+            if not copied:
+                bad = seconds(partial(kernels.adam_steps_, table, ADAM, torch.ones(1, device=DEVICE)))
+                rows[name]["ms of a step that is skipped"] = round(bad * 1e3, 4)
+            del table
+    for optimizer, step, scalars in (
+        ("lion", kernels.lion_steps_, LionScalars(1e-4, 0.9, 0.99, 0.1)),
+        ("sgd", kernels.sgd_steps_, SgdScalars(1e-3, 0.9, 0.0, 0.1, nesterov=False)),
+    ):
+        for level in ("O2", "lean"):
+            table = level_rows(level, False, optimizer)
+            time_s = seconds(partial(step, table, scalars, good))
+            rows[f"{optimizer}, {level}"] = rate(moved_bytes(table), time_s, copy)
+            del table
+    weights = [nn.Parameter(torch.randn(HIDDEN, HIDDEN, device=DEVICE)) for _ in range(MATRICES)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer_of_torch = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+    rows["torch fused AdamW, FP32"] = rate(28 * rows["parameters"], seconds(optimizer_of_torch.step), copy)
+    return rows
+
+
+def step_choices() -> dict[str, Any]:
+    """The same step cut in other ways: what to write into ``triton_table.Choice``."""
+    from msamp_like.kernels import triton_optimizers
+
+    copy = copy_rate()
+    rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "parameters": MATRICES * HIDDEN**2}
+    good = torch.zeros(1, device=DEVICE)
+    for level, copied in (("O2", True), ("lean", False)):
+        table = level_rows(level, copied)
+        for elements, warps, tiles, converts in itertools.product(
+            (1024, 2048, 4096), (4, 8), (2, 8, 32), (False, True)
+        ):
+            choice = triton_optimizers.CHOICE._replace(elements=elements, warps=warps, tiles=tiles, converts=converts)
+            time_s = seconds(partial(triton_optimizers.adam_steps_, table, ADAM, good, choice))
+            name = f"{level}: {elements} elements, {warps} warps, {tiles} tiles{', converts' if converts else ''}"
+            rows[name] = rate(moved_bytes(table), time_s, copy)
+        del table
     return rows
 
 
@@ -203,7 +274,8 @@ def gpt_125m(level: str, compiled: bool) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "casts": casts,
-    "adam": adam,
+    "steps": steps,
+    "step choices": step_choices,
     "products": products,
     **{
         f"gpt-125M {level} {'compiled' if compiled else 'eager'}": partial(gpt_125m, level, compiled)

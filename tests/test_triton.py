@@ -21,7 +21,7 @@ INEXACT = re.compile(r"\bfma\.|\.ftz\b|\bdiv\.(full|approx)|\bsqrt\.approx|\brcp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["triton_interpreted", "triton_interpreted_fused"])
+@pytest.mark.parametrize("file", ["triton_interpreted", "triton_interpreted_fused", "triton_interpreted_steps"])
 def test_logic_in_the_interpreter(file):
     """A process of their own: whether a kernel is interpreted is settled when it is defined."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}.py"]
@@ -35,9 +35,24 @@ def test_logic_in_the_interpreter(file):
 def test_compiled_code_is_exact(tmp_path, capability):
     """The kernels compile for devices without and with FP8 units, and every instruction rounds as FP32 does."""
     code = compiled("exact", tmp_path, capability)
-    assert code.count(".visible .entry") == 6
+    assert code.count(".visible .entry") == 5
     assert not INEXACT.findall(code)
     assert ("e5m2.e4m3" in code) == (capability == "90")  # the product reads FP8 where there are units
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [pytest.param("80", marks=pytest.mark.nightly), "90"])
+def test_compiled_steps_are_exact_and_move_16_bytes(tmp_path, capability):
+    """A thread loads and stores whole vectors of every operand: that needs the compiler to see that a row of the table
+    holds multiples of 16, and that a mask is the same along a block."""
+    code = compiled("steps", tmp_path, capability)
+    o2, lean, *_ = code.split(".visible .entry")[1:]
+    assert code.count(".visible .entry") == 4
+    assert not INEXACT.findall(code)
+    for kernel, loads, stores in ((o2, 6, 6), (lean, 5, 4)):  # 16 elements of each operand, 32 bytes of an FP16 one
+        assert len(re.findall(r"ld\.global\.v4\.b32", kernel)) == loads
+        assert len(re.findall(r"st\.global\.v4\.b32", kernel)) == stores
+        assert not re.findall(r"(ld|st)\.global\.b(8|16)\b", kernel)
 
 
 @pytest.mark.slow

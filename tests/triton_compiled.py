@@ -1,6 +1,6 @@
 """Prints the PTX of the main kernels for ``sys.argv[1]``, a compute capability such as 90; needs no device.
 
-``sys.argv[2]`` is "exact" (casts, products and Adam) or "fused" (norms, activations, softmax).
+``sys.argv[2]`` is "exact" (casts and products), "steps" (of the optimizers) or "fused" (norms, activations, softmax).
 
 A process of its own, because the compiler takes a device where it finds one.
 """
@@ -14,22 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from msamp_like.kernels import triton_adam, triton_both, triton_casts, triton_fused, triton_products, triton_softmax
+from msamp_like.kernels import triton_both, triton_casts, triton_fused, triton_products, triton_softmax, triton_steps
+from msamp_like.kernels.triton_table import CHOICE, Combination
 
 _TILE = {"PADDED": 128, "ELEMENTS": 128, "GROUP": 16, "TILES": 1}
 _CURRENT = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": False}
 _NOISY = {"X_FORMAT": "fp32", "FORMAT": "fp16", "NOISY": True, "LOWER_HALF": True, "WITH_AMAX": True, "SINGLE": True}
 _DEQUANTIZE = {"FORMAT": "e4m3", "X_FORMAT": "bf16", "SINGLE": False}
-_STORED = {"PARAM": "fp16", "FIRST": "e4m3", "SECOND": "fp16", "GRAD": "e4m3"}
-_ADAM = {
-    **_STORED,
-    **{f"{name}_BLOCKED": name != "GRAD" for name in _STORED},
-    **{f"{name}_NOISY": name != "FIRST" for name in ("PARAM", "FIRST", "SECOND")},
-    **{f"{name}_LOWER_HALF": name == "SECOND" for name in ("PARAM", "FIRST", "SECOND")},
-    "DECAY": "decoupled",
-}
 _SCALES = {"scale_inv": "*fp32", "amax": "*i32"}
-_STATES = {f"{name}_scale_inv": "*fp32" for name in ("param", "grad", "first", "second")}
 _BOTH = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": True, "RUN": 32, "SQUARE": 128}
 _BOTH_POINTERS = {"x": "*i16", "payload": "*u8", "scale_inv": "*fp32", "crossed": "*u8", "crossed_scale_inv": "*fp32"}
 _PRODUCT = {"A_FORMAT": "e5m2", "B_FORMAT": "e4m3", "FORMAT": "bf16", "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
@@ -38,11 +30,6 @@ _KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
     (triton_casts._quantize_current_kernel, {"x": "*i16", "payload": "*u8", **_SCALES}, _CURRENT | _TILE),
     (triton_casts._quantize_kernel, {"x": "*i32", "payload": "*i16", **_SCALES}, _NOISY | _TILE),
     (triton_casts._dequantize_kernel, {"payload": "*u8", "scale_inv": "*fp32", "x": "*i16"}, _DEQUANTIZE | _TILE),
-    (
-        triton_adam._adam_kernel,
-        {"param": "*i16", "grad": "*u8", "first": "*u8", "second": "*i16", "flags": "*i32", **_STATES},
-        _ADAM | _TILE,
-    ),
     (triton_both._both_kernel, _BOTH_POINTERS, _BOTH),
     (triton_products._product_kernel, _PRODUCT_POINTERS, _PRODUCT),
 ]
@@ -102,13 +89,35 @@ _FUSED: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         {"OUT_FORMAT": "fp32", **_KEPT},
     ),
 ]
-_FLOATS = ("keep", "weight_decay", "beta1", "rest1", "beta2", "rest2", "rate", "eps")
-_SETS = {"exact": _KERNELS, "fused": _FUSED}
+_O2 = Combination(
+    PARAM="fp16", PARAM_MODE="blocks", PARAM_NOISY=True, PARAM_LOWER_HALF=False,
+    FIRST="e4m3", FIRST_MODE="blocks", FIRST_NOISY=False, FIRST_LOWER_HALF=False,
+    SECOND="fp16", SECOND_MODE="blocks", SECOND_NOISY=True, SECOND_LOWER_HALF=True,
+    GRAD="e4m3", GRAD_MODE="none", COPY="e4m3", SPLIT=False, SHARED=True, EVEN=True, BLOCK=128,
+)  # fmt: skip
+_LEAN = _O2._replace(PARAM="e4m3", PARAM_MODE="none", SECOND="ue5m3", COPY="none", SPLIT=True)
+_TABLES = {"addresses": "*i64", "numbers": "*i32", "found": "*i32", "programs": "*i32", "bad": "*fp32"}
+
+
+def _step(kernel: Any, combination: Combination, **given: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    constants = {**combination._asdict(), "KIND": "adam", "DECAY": "decoupled", "MEASURES": False, "CONVERTS": False}
+    constants |= {"TILES": CHOICE.tiles, "GROUP": combination.group(CHOICE), **given}
+    return kernel, _TABLES, {name: value for name, value in constants.items() if name in kernel.arg_names}
+
+
+_STEPS = [
+    _step(triton_steps.step_kernel, _O2),
+    _step(triton_steps.step_kernel, _LEAN),
+    _step(triton_steps.settle_kernel, _O2),
+    _step(triton_steps.settle_kernel, _LEAN),
+]
+_FLOATS = ("keep", "weight_decay", "beta1", "rest1", "beta2", "rest2")
+_SETS = {"exact": _KERNELS, "steps": _STEPS, "fused": _FUSED}
 
 
 def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> str:
     """PTX of ``kernel`` with the launch options that the twins use."""
-    if kernel is triton_products._product_kernel:
+    if "UNITS" in kernel.arg_names:
         constants = constants | {"UNITS": capability >= 89}
     kinds = pointers | dict.fromkeys(_FLOATS, "fp32") | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}

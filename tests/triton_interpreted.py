@@ -17,27 +17,21 @@ from msamp_like.formats import BF16, E4M3, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, FP
 from msamp_like.kernels import (
     cuda,
     reference,
-    reference_updates,
     torch_products,
-    triton_adam,
     triton_both,
     triton_casts,
     triton_products,
 )
 from msamp_like.kernels.fp8_units import Units, amd_units, nvidia_units
 from msamp_like.kernels.reference import Operand
-from msamp_like.kernels.reference_updates import AdamScalars
 from tests.operands import (
     BLOCKS,
     NOISE,
     REAL,
-    STORED,
-    adam_operands,
     around_binades,
     around_ties,
     every_code,
     every_number,
-    row_of,
     same,
     spread,
 )
@@ -149,37 +143,6 @@ def test_store(block, noise):
         kernels.store_(targets[-1], value)
     assert same(targets[1].payload, targets[0].payload)
     assert same(targets[1].scale_inv, targets[0].scale_inv)
-
-
-# --- Adam -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("shape", [(3, 256), (5, 200)], ids=str)
-@pytest.mark.parametrize("noise", [None, NOISE], ids=["nearest", "stochastic"])
-def test_adam_equals_the_reference(stored, shape, noise):
-    kinds = [(0.1, True, {}), (0.1, False, {1: torch.nan}), (0.0, True, {0: torch.inf}), (0.1, True, {3: torch.inf})]
-    for weight_decay, decoupled, poison in kinds:
-        expected = adam_operands(shape, STORED[stored], noise, poison)
-        got = [t._replace(payload=t.payload.clone(), scale_inv=t.scale_inv.clone()) for t in expected]
-        scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, weight_decay, decoupled)
-        reference_updates.adam_steps_([row_of(expected, step=4)], scalars)
-        triton_adam.adam_steps_([row_of(got, step=4)], scalars)
-        for a, b in zip(got, expected, strict=True):
-            assert same(a.payload, b.payload)
-            assert same(a.scale_inv, b.scale_inv)
-
-
-def test_adam_says_when_it_is_not_fused(caplog):
-    triton_adam._name_fallback.cache_clear()
-    scalars = AdamScalars(1e-3, 0.9, 0.999, 1e-8, 0.1, True)
-    for _ in range(2):
-        triton_adam.adam_steps_(
-            [row_of(adam_operands((3, 256), STORED["one scale a tensor"], None, {}), step=1)], scalars
-        )
-    assert len(caplog.records) == 1
-    triton_adam.adam_steps_([row_of(adam_operands((3, 256), STORED["O2"], None, {}), step=1)], scalars)
-    assert len(caplog.records) == 1
 
 
 # --- products ---------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def _on_cpu(name: str) -> ModuleType:
 def _on_cuda(name: str) -> ModuleType:
     """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
     files = {
-        "adam_steps_": "triton_adam",
+        **dict.fromkeys(_STEPS, "triton_optimizers"),
         "scaled_matmul": "cuda",
         "quantize_both": "triton_both",
         "grouped_matmul": "triton_grouped",
