@@ -83,8 +83,8 @@ _SCHEMAS = (
     " float scale, bool causal, ScalarType format, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
     " Tensor value) -> ()",
-    f"adam_steps_({table.SCHEMA}, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled)"
-    " -> ()",
+    f"adam_steps_({table.SCHEMA}, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled,"
+    " Tensor? bad=None) -> ()",
 )
 
 _LIBRARY = torch.library.Library("msamp_like", "DEF")
@@ -170,9 +170,9 @@ def store_(target: Operand, value: Tensor) -> None:
     _OPS.store_.default(*target, value)
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """See :func:`.reference_updates.adam_steps_`; all rows lie on one device and have as many states."""
-    _OPS.adam_steps_.default(*table.flatten(rows), *scalars)
+    _OPS.adam_steps_.default(*table.flatten(rows), *scalars, bad)
 
 
 # --- which twin -----------------------------------------------------------------------------------------------------
@@ -276,9 +276,9 @@ class _Device:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
 
     def adam_steps_(self, *arguments: Any) -> None:
-        width = len(table.Flat._fields)
-        rows = table.unflatten(table.Flat(*arguments[:width]))
-        self.pick("adam_steps_").adam_steps_(rows, AdamScalars(*arguments[width:]))
+        flat, rest = table.Flat(*arguments[: len(table.Flat._fields)]), arguments[len(table.Flat._fields) :]
+        scalars, bad = AdamScalars(*rest[: len(AdamScalars._fields)]), rest[len(AdamScalars._fields) :]
+        self.pick("adam_steps_").adam_steps_(table.unflatten(flat), scalars, *bad)
 
 
 def _block(block: list[int]) -> Block:

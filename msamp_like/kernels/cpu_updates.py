@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from msamp_like.formats import block_extent, format_of, matrix_shape
 from msamp_like.kernels import reference_updates
@@ -27,8 +28,10 @@ _SCALARS = struct.Struct("@6fi")
 _NOTHING = (0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0)
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """See :func:`.reference_updates.adam_steps_`; one pass over the bytes of all rows, bit-equal."""
+    if bad is not None and bool(bad):
+        return
     kept = []  # what a packed row points into lives until the call returns
     packed = bytearray()
     for row in rows:

@@ -140,9 +140,12 @@ def largest_ratio(scalars: AdamScalars, step: int) -> float:
     return min(MAX_RATIO, (1 - s.beta1) / (1 - s.beta2) ** 0.5 * total**0.5)
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """One fused Adam step of every row in place: dequantize, :func:`adam_update`, requantize with scales from the new
-    values; then the row's copy from what is stored."""
+    values; then the row's copy from what is stored. Where ``bad``, FP32 (1,) beside the rows, is not zero, nothing is
+    written: so a step is left out that the host does not know yet to be wrong."""
+    if bad is not None and bool(bad):
+        return
     for row in rows:
         first, second = row.states
         g, m, v = (dequantize(t.payload, t.scale_inv, t.block, torch.float32) for t in (row.grad, first, second))
