@@ -12,7 +12,7 @@
 
 The limit is the three products alone, in BF16. On a CPU an FP8 product is that product after decoding, so no recipe can
 be faster than O0 there; what finer scales and the second quantization add is what shows. Delayed scales have a full
-history, of other data of the same distribution, in the figures of time and of even tokens; uneven tokens come upon it.
+history, of other data of the same distribution.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ MOST_KEPT = {"mxfp8": 1 + 4 / 32}
 """Bytes an element that backward may keep of the input: FP8 and a scale for each 32; each 128 where it is not here."""
 
 
-def layer(recipe: str, size: int, tokens: int) -> nn.Module:
-    """torch's layer, that of O0, or one of O2 with a recipe, its amax history full; the same weights."""
+def layer(recipe: str, size: int, sizes: Tensor) -> nn.Module:
+    """torch's layer, that of O0, or one of O2 with a recipe, its amax history full of tokens of these sizes;
+    the same weights."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(size, size, bias=False, dtype=torch.bfloat16))
     if recipe == "torch":
@@ -50,9 +51,14 @@ def layer(recipe: str, size: int, tokens: int) -> nn.Module:
     level = O2.with_rule(Role.GRAD_WEIGHT, Rule(format=BF16))  # the product, before it is rounded to be stored
     model, optimizer = amp.initialize(model, still, level=level, recipe=recipe)
     for _ in range(HISTORY if recipe == "delayed" else 0):
-        once(model, torch.randn(tokens, size).bfloat16(), torch.randn(tokens, size).bfloat16())
+        once(model, drawn(sizes, size), drawn(sizes, size))
         optimizer.step()
     return model
+
+
+def drawn(sizes: Tensor, size: int) -> Tensor:
+    """Tokens of N(0, 1) times their sizes."""
+    return (torch.randn(len(sizes), size) * sizes.unsqueeze(1)).bfloat16()
 
 
 def once(model: Any, x: Tensor, grad_output: Tensor) -> list[Tensor]:
@@ -80,11 +86,11 @@ def kept_bytes(model: nn.Module, x: Tensor) -> float:
 
 def quality(recipe: str, size: int, tokens: int) -> dict[str, list[float]]:
     """dB of the three products, on even tokens and on the smallest of uneven ones."""
-    model, rows = layer(recipe, size, tokens), {}
-    weight = real(model[0].weight.detach(), torch.float64)  # type: ignore[arg-type]
+    rows = {}
     for name, sizes in (("even", torch.ones(tokens)), ("uneven", torch.exp2(torch.linspace(-12, 12, tokens)))):
-        x, grad_output = torch.randn(tokens, size) * sizes.unsqueeze(1), torch.randn(tokens, size) * sizes.unsqueeze(1)
-        x, grad_output = x.bfloat16(), grad_output.bfloat16()
+        model = layer(recipe, size, sizes)
+        weight = real(model[0].weight.detach(), torch.float64)  # type: ignore[arg-type]
+        x, grad_output = drawn(sizes, size), drawn(sizes, size)
         exact = [x.double() @ weight.t(), grad_output.double() @ weight, grad_output.double().t() @ x.double()]
         part = slice(None) if name == "even" else slice(tokens // 8)
         got = once(model, x, grad_output)
@@ -97,7 +103,7 @@ def times(names: list[str], size: int, tokens: int, repeats: int) -> dict[str, f
     """Median seconds of each, and of the products alone as ``limit``; all take turns."""
     x, grad_output = torch.randn(tokens, size).bfloat16(), torch.randn(tokens, size).bfloat16()
     weight = torch.randn(size, size).bfloat16()
-    models = {name: layer(name, size, tokens) for name in names}
+    models = {name: layer(name, size, torch.ones(tokens)) for name in names}
 
     def limit() -> None:
         x @ weight.t(), grad_output @ weight, grad_output.t() @ x
@@ -132,7 +138,7 @@ def main() -> None:
             "ms": round(1e3 * seconds[name], 2),
             "of torch": round(seconds[name] / seconds["torch"], 2),
         }
-        row |= {"kept": round(kept_bytes(layer(name, size, tokens), x), 3), **quality(name, size, tokens)}
+        row |= {"kept": round(kept_bytes(layer(name, size, torch.ones(tokens)), x), 3), **quality(name, size, tokens)}
         rows.append(row)
         print("  ".join(f"{key}: {value}" for key, value in row.items()))
     ours = [row for row in rows if row["recipe"] in RECIPES]
