@@ -3,10 +3,11 @@
     python -m benchmarks.attention
 
 ``sqnr_db``: causal attention of N(0, 1) queries, keys, values and gradients, and the same with every 16th token larger
-(queries and keys 4 times, values and gradients 1000), with dO and dS in E5M2 and E4M3, and with one scale for each whole
-tensor. ``causal_to_the_bit``: with that scale as the control, which has to fail. ``time``: medians of forward and backward, in turns in one process; on a CPU FP8 is emulated tile by
-tile in plain torch, so the ratio says what the definition costs, nothing of a GPU. ``loss``: the preset ``tiny`` at O2,
-one seed: too few to judge by, enough to see a wrong gradient.
+(queries and keys 4 times, values and gradients 1000), with dO and dS in E5M2 and E4M3, and with one scale for each
+whole tensor. ``causal_to_the_bit``: with that scale as the control, which has to fail. ``time``: medians of forward and
+backward, in turns in one process; on a CPU FP8 is emulated tile by tile in plain torch, so the ratio says what the
+definition costs, nothing of a GPU. ``loss``: the preset ``tiny`` at O2, one seed: too few to judge by, enough to see a
+wrong gradient.
 """
 
 from __future__ import annotations

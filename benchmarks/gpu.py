@@ -1,9 +1,10 @@
 """Every GPU figure in one run: casts, the Adam step, a linear layer, GPT-125M; beside what plain torch does there.
 
-    python -m benchmarks.gpu                  # all parts, into docs/results/<device>.json
+    python -m benchmarks.gpu                  # all parts, into docs/results/gpu-<device>.json
     python -m benchmarks.gpu --parts casts    # some
 
-Bandwidths stand beside the device's copy bandwidth, product rates beside its BF16 product, of the same run. Each part
+Bandwidths stand beside the device's copy bandwidth, product rates beside its BF16 product, of the same run; the targets
+are those of :mod:`benchmarks.row_device`. The first calls of each compile and are left out. Each part
 is a process of its own: where one fails or hangs, the result says so and the rest runs. The file is written after each
 part. Without a CUDA or ROCm device it says so, writes nothing and exits with 0.
 """
@@ -23,15 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.optimizer import row as stored_row
 from benchmarks.result import parser, write
 from msamp_like import amp, kernels
-from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, WHOLE, Block, Format
-from msamp_like.kernels import AdamScalars, Operand, Row
+from msamp_like.formats import BF16, E4M3, E5M2, WHOLE, Block
+from msamp_like.kernels import AdamScalars, Operand, fused
+from msamp_like.kernels.fused import Grouped, Target
 from msamp_like.models import gpt
 from msamp_like.policy import RECIPES
 
 DEVICE = "cuda"
 TOKENS, HIDDEN, FFN = 16_384, 4_096, 16_384
+PARAMETERS = (244_140, 4_096)
+"""Of the optimizer's step: about 1e9."""
+CAST = (122_112, 4_096)
+"""1 GB of BF16."""
 BATCH, CONTEXT, STEPS = 8, 2_048, 20
 WARMUP_STEPS = 20  # more than the 16 steps in which delayed scaling fills its history
 TIMEOUT_S = 600
@@ -52,7 +59,7 @@ def seconds(function: Callable[[], object], repeats: int = 20) -> float:
 
 def copy_rate() -> float:
     """Bytes read plus written a second by torch's own copy of a large tensor."""
-    source = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+    source = torch.randn(CAST, device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
@@ -71,7 +78,7 @@ def rate(moved_bytes: float, time_s: float, copy: float) -> dict[str, float]:
 
 def casts() -> dict[str, Any]:
     """BF16 to E4M3 and back. Bytes are the least that must move: a second reading of the tensor counts against us."""
-    x = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(CAST, device=DEVICE, dtype=torch.bfloat16)
     copy, numel = copy_rate(), x.numel()
     rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "elements": numel}
     rows["amax, tensor"] = rate(2 * numel, seconds(lambda: kernels.amax(x, WHOLE)), copy)
@@ -89,34 +96,30 @@ def casts() -> dict[str, Any]:
         back = seconds(partial(kernels.dequantize, payload, scales, block, torch.bfloat16))
         rows[f"dequantize, {name}"] = rate(3 * numel, back, copy)
     rows["torch: x.to(float8_e4m3fn), no scale"] = rate(3 * numel, seconds(lambda: x.to(torch.float8_e4m3fn)), copy)
+    weight = torch.ones(CAST[1], device=DEVICE, dtype=torch.bfloat16)
+    out, kept = Target(E4M3.dtype, WHOLE, scale_inv), Grouped(E4M3, (1, 128))
+    normed = seconds(partial(fused.norm_quantize, x, weight, None, 1e-5, True, out, kept))
+    rows["LayerNorm and quantize, fused"] = rate(4 * numel, normed, copy)  # its input is kept in FP8 too
     return rows
 
 
 def adam() -> dict[str, Any]:
-    """One step over one large tensor, beside torch's fused AdamW in FP32."""
-    state: Block = (1, 128)
-    levels: dict[str, tuple[tuple[Format, Block], ...]] = {
-        "O2": ((FP16, state), (E4M3, WHOLE), (E4M3, state), (FP16, state)),
-        "O1": ((FP16, state), (E4M3, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
-        "O0": ((FP32, WHOLE), (BF16, WHOLE), (FP32, WHOLE), (FP32, WHOLE)),
-    }
-    copy = copy_rate()
-    rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "parameters": TOKENS * HIDDEN}
+    """One AdamW step of about 1e9 parameters, as the levels store them, beside torch's fused FP32 AdamW; the bytes are
+    the least that must move, and ``bound ms`` is a copy's time for them."""
+    copy, numel = copy_rate(), PARAMETERS[0] * PARAMETERS[1]
+    rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "parameters": numel}
     scalars = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True)
-    for level, formats in levels.items():
-        stored: list[Operand] = []
-        for spread, (format, block) in zip((1, 1e-3, 1e-3, 1e-6), formats):
-            value = torch.rand(TOKENS, HIDDEN, device=DEVICE) * spread
-            stored.append(Operand(*kernels.quantize_current(value, format, block)[:2], block))
-        param, grad, first, second = stored
-        time_s = seconds(partial(kernels.adam_steps_, [Row(param, grad, (first, second), step=10)], scalars))
-        written = sum(t.payload.nbytes + t.scale_inv.nbytes for t in (param, first, second))
-        rows[f"fused step, {level}"] = rate(2 * written + grad.payload.nbytes, time_s, copy)
-        del stored, param, grad, first, second, value
-    weight = nn.Parameter(torch.randn(TOKENS, HIDDEN, device=DEVICE))
+    for level, lean, moved in (("O2", False, 12), ("lean", True, 9)):
+        with torch.device(DEVICE):
+            table = [stored_row(PARAMETERS, 0, lean=lean, noisy=True)]
+        time_s = seconds(partial(kernels.adam_steps_, table, scalars))
+        rows[level] = rate(moved * numel, time_s, copy) | {"bound ms": round(moved * numel / copy * 1e3, 4)}
+        del table
+        torch.cuda.empty_cache()
+    weight = nn.Parameter(torch.randn(PARAMETERS, device=DEVICE))
     weight.grad = torch.randn_like(weight)
     optimizer = torch.optim.AdamW([weight], lr=1e-4, fused=True)
-    rows["torch fused AdamW, FP32"] = rate(28 * weight.numel(), seconds(optimizer.step), copy)
+    rows["torch fused AdamW, FP32"] = rate(28 * numel, seconds(optimizer.step), copy)
     return rows
 
 
@@ -149,7 +152,8 @@ def products() -> dict[str, Any]:
         return forward_backward
 
     plain = nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE, dtype=torch.bfloat16)
-    row("BF16 layer, forward and backward", seconds(step(plain, lambda: None)), 3)
+    plain_s, speedups = seconds(step(plain, lambda: None)), dict[str, float]()
+    row("BF16 layer, forward and backward", plain_s, 3)
     for recipe in RECIPES:
         model = nn.Sequential(nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE))
         model, optimizer = amp.initialize(model, torch.optim.SGD(model.parameters(), lr=0.0), "O2", recipe=recipe)
@@ -161,7 +165,8 @@ def products() -> dict[str, Any]:
         row(f"FP8 layer, {recipe} scaling, forward and backward", once, 3)
         kept = seconds(step(model, lambda: None))
         row(f"FP8 layer, {recipe} scaling, forward and backward, weight copy kept", kept, 3)
-    return rows
+        speedups[recipe] = round(plain_s / once, 3)
+    return {**rows, "over BF16": speedups}
 
 
 def gpt_125m(level: str, compiled: bool) -> dict[str, Any]:
@@ -230,7 +235,7 @@ def in_its_own_process(part: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parser(__doc__, "docs/results/<device>.json")
+    arguments = parser(__doc__, "docs/results/gpu-<device>.json")
     arguments.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     arguments.add_argument("--inner", choices=PARTS, help="run one part here and print its figures as JSON")
     given = arguments.parse_args()
