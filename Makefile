@@ -23,7 +23,7 @@ PRETRAIN := $(TORCHRUN) -m msamp_like.launchers.pretrain --preset tiny --steps $
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test lint format gpu bench nightly clean distclean
+.PHONY: help install train test lint format gpu bench gates nightly clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,14 +50,20 @@ format: $(INSTALLED) ## let the linter fix and format what it can
 
 gpu: $(INSTALLED) ## GPU tests and benchmarks; skipped with a word where there is no CUDA device
 	@if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	    $(PY) -m pytest tests/gpu && $(PY) -m benchmarks.gpu; \
+	    $(PY) -m pytest tests/gpu && $(PY) -m benchmarks.gpu && $(PY) -m benchmarks.blocks; \
 	else \
 	    echo "make gpu: PyTorch sees no CUDA device here, nothing to run"; \
 	fi
 
-BENCHMARKS ?= $(filter-out gpu summary,$(notdir $(basename $(shell grep -l __main__ benchmarks/*.py))))
-bench: $(INSTALLED) ## every CPU figure of docs/results again (long); BENCHMARKS="products scales" for some
+BENCHMARKS ?= products casts fused recipes grouped invariance optimizer activation_memory offload attention muon moments \
+	accumulation resume overlap step state scales wire zero sequence_bytes tensor_parallel_scales reduction_error scale network
+bench: $(INSTALLED) ## every CPU figure but the gates' again (an hour); BENCHMARKS="products scales" for some
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) -m benchmarks.$$name; done
+	$(PY) -m benchmarks.summary
+
+gates: $(INSTALLED) ## the loss of every level and recipe against O0, over three seeds (two hours)
+	$(PY) -m benchmarks.loss_gap --continue
+	$(PY) -m benchmarks.loss_gap_sharded
 	$(PY) -m benchmarks.summary
 
 nightly: $(INSTALLED) ## the tests that take minutes or hours

@@ -1,7 +1,8 @@
 """A stack of decoder blocks of Llama 8B's shape: tokens a second and peak memory, ours beside BF16 and torchao.
 
     python -m benchmarks.blocks                       # on a CUDA device: full shape, as many layers as fit
-    python -m benchmarks.blocks --device cpu          # a stack a thousand times smaller, to see that all of it runs
+    python -m benchmarks.blocks --device cpu          # a stack a thousand times smaller, to see that all of it runs;
+                                                      # nothing is written
 
 The blocks are plain torch (RMSNorm, grouped-query attention, SwiGLU), compiled one by one. ``BF16`` is mixed precision:
 FP32 parameters, BF16 autocast, torch's fused AdamW. ``torchao`` is the same with its float8 training, one scale a
@@ -12,11 +13,13 @@ own, and one that cannot run is listed with its error. A step is forward, backwa
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,9 +181,11 @@ def main() -> None:
     for variant in VARIANTS:
         rows[variant] = in_its_own_process(variant, given)
         print(f"{variant:<14} {rows[variant]}", flush=True)
-    name = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    if arguments.device == "cpu":
+        return  # a small stack: nothing to publish
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     figures = {"shape": shape.__dict__, "variants": rows, "ratios": ratios(rows), "targets": TARGETS}
-    write(type(arguments.out)(str(arguments.out).replace("<device>", name)), figures)
+    write(Path(str(arguments.out).replace("<device>", name)), figures)
 
 
 def _layers_that_fit() -> int:

@@ -1,9 +1,10 @@
 """Every GPU figure in one run: casts, optimizer steps, a linear layer, GPT-125M; beside what plain torch does there.
 
-    python -m benchmarks.gpu                  # all parts, into docs/results/<device>.json
+    python -m benchmarks.gpu                  # all parts, into docs/results/gpu-<device>.json
     python -m benchmarks.gpu --parts casts    # some
 
-Bandwidths stand beside the device's copy bandwidth, product rates beside its BF16 product, of the same run. Each part
+Bandwidths stand beside the device's copy bandwidth, product rates beside its BF16 product, of the same run; the targets
+are those of :mod:`benchmarks.row_device`. The first calls of each compile and are left out. Each part
 is a process of its own: where one fails or hangs, the result says so and the rest runs. The file is written after each
 part. Without a CUDA or ROCm device it says so, writes nothing and exits with 0.
 """
@@ -27,12 +28,15 @@ from torch import Tensor, nn
 from benchmarks.result import parser, write
 from msamp_like import amp, kernels
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, UE5M3, WHOLE, Block, Format
-from msamp_like.kernels import AdamScalars, LionScalars, Noise, Operand, Residual, Row, SgdScalars
+from msamp_like.kernels import AdamScalars, LionScalars, Noise, Operand, Residual, Row, SgdScalars, fused
+from msamp_like.kernels.fused import Grouped, Target
 from msamp_like.models import gpt
 from msamp_like.policy import RECIPES
 
 DEVICE = "cuda"
 TOKENS, HIDDEN, FFN = 16_384, 4_096, 16_384
+CAST = (122_112, 4_096)
+"""1 GB of BF16."""
 BATCH, CONTEXT, STEPS = 8, 2_048, 20
 MATRICES = 64  # of HIDDEN x HIDDEN: about 1e9 parameters
 ADAM = AdamScalars(1e-4, 0.9, 0.999, 1e-8, 0.1, decoupled=True)
@@ -55,7 +59,7 @@ def seconds(function: Callable[[], object], repeats: int = 20) -> float:
 
 def copy_rate() -> float:
     """Bytes read plus written a second by torch's own copy of a large tensor."""
-    source = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+    source = torch.randn(CAST, device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
@@ -74,7 +78,7 @@ def rate(moved_bytes: float, time_s: float, copy: float) -> dict[str, float]:
 
 def casts() -> dict[str, Any]:
     """BF16 to E4M3 and back. Bytes are the least that must move: a second reading of the tensor counts against us."""
-    x = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(CAST, device=DEVICE, dtype=torch.bfloat16)
     copy, numel = copy_rate(), x.numel()
     rows: dict[str, Any] = {"copy GB/s": round(copy / 1e9, 1), "elements": numel}
     rows["amax, tensor"] = rate(2 * numel, seconds(lambda: kernels.amax(x, WHOLE)), copy)
@@ -92,6 +96,10 @@ def casts() -> dict[str, Any]:
         back = seconds(partial(kernels.dequantize, payload, scales, block, torch.bfloat16))
         rows[f"dequantize, {name}"] = rate(3 * numel, back, copy)
     rows["torch: x.to(float8_e4m3fn), no scale"] = rate(3 * numel, seconds(lambda: x.to(torch.float8_e4m3fn)), copy)
+    weight = torch.ones(CAST[1], device=DEVICE, dtype=torch.bfloat16)
+    out, kept = Target(E4M3.dtype, WHOLE, scale_inv), Grouped(E4M3, (1, 128))
+    normed = seconds(partial(fused.norm_quantize, x, weight, None, 1e-5, True, out, kept))
+    rows["LayerNorm and quantize, fused"] = rate(4 * numel, normed, copy)  # its input is kept in FP8 too
     return rows
 
 
@@ -220,7 +228,8 @@ def products() -> dict[str, Any]:
         return forward_backward
 
     plain = nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE, dtype=torch.bfloat16)
-    row("BF16 layer, forward and backward", seconds(step(plain, lambda: None)), 3)
+    plain_s, speedups = seconds(step(plain, lambda: None)), dict[str, float]()
+    row("BF16 layer, forward and backward", plain_s, 3)
     for recipe in RECIPES:
         model = nn.Sequential(nn.Linear(HIDDEN, FFN, bias=False, device=DEVICE))
         model, optimizer = amp.initialize(model, torch.optim.SGD(model.parameters(), lr=0.0), "O2", recipe=recipe)
@@ -232,7 +241,8 @@ def products() -> dict[str, Any]:
         row(f"FP8 layer, {recipe} scaling, forward and backward", once, 3)
         kept = seconds(step(model, lambda: None))
         row(f"FP8 layer, {recipe} scaling, forward and backward, weight copy kept", kept, 3)
-    return rows
+        speedups[recipe] = round(plain_s / once, 3)
+    return {**rows, "over BF16": speedups}
 
 
 def gpt_125m(level: str, compiled: bool) -> dict[str, Any]:
@@ -302,7 +312,7 @@ def in_its_own_process(part: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parser(__doc__, "docs/results/<device>.json")
+    arguments = parser(__doc__, "docs/results/gpu-<device>.json")
     arguments.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     arguments.add_argument("--inner", choices=PARTS, help="run one part here and print its figures as JSON")
     given = arguments.parse_args()

@@ -22,11 +22,12 @@ ROWS = 16
 
 
 def recorded(path: Path, steps: int) -> dict[str, Tensor]:
-    """{matrix: (steps, ROWS, columns) BF16} from ``path``, made there first if nothing is."""
-    if not path.exists():
+    """{matrix: (steps, ROWS, columns) BF16} from ``path``, made there first if nothing, or another run, is there."""
+    found: dict[str, Tensor] = torch.load(path, weights_only=True) if path.exists() else {}
+    if not found or len(next(iter(found.values()))) != steps:
+        found = record(steps)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(record(steps), path)
-    found: dict[str, Tensor] = torch.load(path, weights_only=True)
+        torch.save(found, path)
     return found
 
 

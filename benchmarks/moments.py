@@ -185,11 +185,11 @@ def eight_bits(sources: Mapping[str, Sequence[Tensor]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = parser(__doc__, "docs/results/moments.json")
-    options.add_argument("--steps", type=int, default=4000)
-    options.add_argument("--rows", type=int, default=64)
-    options.add_argument("--columns", type=int, default=512)
+    options.add_argument("--steps", type=int, default=4000, help="of the synthetic gradients, half of them small")
+    options.add_argument("--rows", type=int, default=16, help="of the synthetic gradients (default: %(default)s)")
+    options.add_argument("--columns", type=int, default=512, help="of the synthetic gradients (default: %(default)s)")
     options.add_argument("--gradients", type=Path, default=Path("runs/gradients.pt"), help="scratch: real gradients")
-    options.add_argument("--gradient-steps", type=int, default=400, help="steps of the run that makes them")
+    options.add_argument("--gradient-steps", type=int, default=200, help="steps of the run that makes them")
     options.add_argument("--only", choices=("rounding", "eight bits"), help="one of the two questions")
     arguments = options.parse_args()
     found: dict[str, Any] = {"steps": arguments.steps}

@@ -38,6 +38,8 @@ from msamp_like.comm.tensor_parallel import parallelize, plan_gpt
 from msamp_like.models.gpt import GPT, PRESETS
 
 WAYS = ("apart", "beside")
+TARGET = 1.0
+"""Of the speedup on the slowest link: hiding an exchange has to pay for the smaller products."""
 
 
 class Split(Variant):
@@ -115,10 +117,10 @@ def show(preset: str, rate: str, rows: dict[str, Any], levels: Sequence[str]) ->
 
 def main() -> None:
     options = parser(__doc__, "docs/results/overlap.json")
-    options.add_argument("--presets", nargs="+", default=["tiny", "small"], help="models to train")
+    options.add_argument("--presets", nargs="+", default=["tiny"], help="models to train")
     options.add_argument("--levels", nargs="+", default=["O0", "O3"], help="levels of precision")
     options.add_argument("--mbit", nargs="+", type=float, default=[1000.0, 100.0], help="rates of the limited link")
-    options.add_argument("--steps", type=int, default=8, help="turns of each model at each rate, after --warmup")
+    options.add_argument("--steps", type=int, default=5, help="turns of each model at each rate, after --warmup")
     options.add_argument("--warmup", type=int, default=18, help="the first 16 scale in time, before histories are full")
     options.add_argument("--threads", type=int, default=1, help="of each rank; the two share this machine")
     options.add_argument("--serve", default="", help=argparse.SUPPRESS)
@@ -131,7 +133,10 @@ def main() -> None:
         print(f"not measured: two nodes need network namespaces: {reason}")
         return
     rows = {preset: run(preset, (math.inf, *arguments.mbit), arguments) for preset in arguments.presets}
-    write(arguments.out, {"world": 2, "tokens_a_step": TOKENS, "presets": rows})
+    slowest = f"{min(arguments.mbit):g} Mbit/s"
+    reached = all(speedup >= TARGET for row in rows.values() for speedup in row[slowest]["speedup"].values())
+    figures = {"world": 2, "tokens_a_step": TOKENS, "presets": rows, "slowest": slowest, "target_speedup": TARGET}
+    write(arguments.out, {**figures, "reached": reached})
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.invariance import BUILDS, FORWARD, build, gradient_split
+from benchmarks.invariance import BUILDS, FORWARD, SHARED, build, gradient_split
 from msamp_like.models.gpt import PRESETS
 
 CONFIG = replace(PRESETS["tiny"], num_layers=2, context=16)
-SHARED = ("current", "delayed, history empty")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import optimizer
-from benchmarks.rows import _optimizer
+from benchmarks import optimizer, row_cost
 
 
 @pytest.mark.parametrize("shapes", [[(2, 4096)], [(768, 2), (768,), (5, 130)]], ids=["blocks", "odd"])
@@ -36,7 +35,11 @@ def test_a_peer_that_is_missing_is_named_and_not_counted():
     targets = optimizer.compared(found)
     assert targets[1]["ratio"] is None
     assert optimizer.is_reached(targets)
-    rows = {name: {"median_ns": 0.75, "ratio": 0.6} for name in (*optimizer.OURS, *optimizer.PEERS)}
-    lines = _optimizer({"targets": targets, "rows": rows})
-    assert lines[0][2] == "0.60 (0.75 ns a parameter)"
-    assert "not measured" in lines[1][2]
+    rows = {name: {"median_ns": 0.75, "ratio": 0.6, "of_bound": 0.5} for name in (*optimizer.OURS, *optimizer.PEERS)}
+    rows["DeepSpeed CPUAdam"] = {"error": "No module named 'deepspeed'"}
+    lines = row_cost.optimizer({"targets": targets, "rows": rows, "parameters": 64})
+    assert lines[0].measured == "0.60 (0.75 to 0.75 ns a parameter)"
+    assert lines[1].measured == "unmeasured: No module named 'deepspeed'"
+    assert not any(line.missed for line in lines)
+    late = row_cost.optimizer({"targets": [targets[0] | {"ratio": 0.77}], "rows": rows, "parameters": 64})[0]
+    assert late.missed == "by 10.0% (0.50 of the time its bytes take)"
