@@ -205,6 +205,22 @@ def _moments(r: Result) -> list[Row]:
     return [("FP16 second moment, beta2 0.999: steps that leave it unchanged, bias", "it moves, without bias", each)]
 
 
+def _optimizer(r: Result) -> list[Row]:
+    targets = [
+        (
+            f"CPU optimizer step, {target['case']} over {target['peer']}",
+            f"at most {target['most']}",
+            "not measured: the peer is missing"
+            if target["ratio"] is None
+            else f"{target['ratio']:.2f} ({r['rows'][target['case']]['median_ns']:.2f} ns a parameter)",
+        )
+        for target in r["targets"]
+    ]
+    names = ("O2 Lion", "lean Lion", "O2 SGD", "lean SGD", "torch SGD, fused, FP32")
+    others = ", ".join(f"{name} {r['rows'][name]['ratio']:.2f}" for name in names)
+    return [*targets, ("CPU optimizer step over torch AdamW, fused, FP32", "", others)]
+
+
 ROWS: dict[str, Entry] = {
     "loss_gap": Entry("loss_gap.json", _loss_gap),
     "state": Entry("state.json", _state),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from msamp_like import kernels
 from msamp_like.formats import BF16, WHOLE
+from msamp_like.host_copy import HostCopy
 from msamp_like.kernels import Noise, Operand, fused
 from msamp_like.policy import Rule
 from msamp_like.tensor import ScalingTensor, real, unscaled
@@ -51,7 +52,7 @@ class Scaler(torch.nn.Module):
     """Quantizes one tensor of one layer, step after step, as its rule says.
 
     With a history it scales from the tensor at hand ("in time") until the history is full; a zero amax never enters the
-    history, a non-finite one empties it. Nothing is recorded in evaluation or without gradients.
+    history, a non-finite one empties it, see :func:`roll`. Nothing is recorded in evaluation or without gradients.
 
     The buffers are int32: they hold the bit patterns of FP32 numbers, so that a cast of the whole module to half leaves
     them alone, and for numbers that are not negative integer order is numeric order. They are not in the module's
@@ -65,18 +66,18 @@ class Scaler(torch.nn.Module):
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
-        self.filled = 0
         self.paused = False  # in a phase of BF16 products: nothing is quantized or recorded, the history stays
-        self.delayed = False  # a flag of its own: torch.compile guards on what it reads, and the count moves each step
+        self.delayed = False  # torch.compile guards on what it reads: a flag, which moves seldom
+        self.counts: HostCopy | None = None  # of all that were rolled together last, this one among them
         if rule.history:
             self.register_buffer("history", torch.zeros(rule.history, dtype=torch.int32), persistent=False)
             self.register_buffer("pending", torch.zeros(1, 1, dtype=torch.int32), persistent=False)
             self.register_buffer("scale_bits", torch.zeros(1, 1, dtype=torch.int32), persistent=False)
 
-    def fill(self, steps: int) -> None:
-        """Say how many steps the history holds; from a full one on the scale is the delayed one."""
-        self.filled = steps
-        self.delayed = 0 < self.rule.history <= steps
+    @property
+    def filled(self) -> int:
+        """How many steps the history holds; a full one gives the delayed scale. Reads the device."""
+        return int(self.history.count_nonzero()) if self.rule.history else 0
 
     @property
     def by_rows(self) -> bool:
@@ -135,7 +136,7 @@ class Scaler(torch.nn.Module):
         """What a resume needs; the same on every rank after :func:`roll`."""
         if not self.rule.history:
             return {}
-        return {"history": self.history.clone(), "scale": self.scale_bits.clone(), "filled": self.filled}
+        return {"history": self.history.clone(), "scale": self.scale_bits.clone(), "delayed": self.delayed}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state` was taken; raises ValueError for another history length."""
@@ -148,7 +149,8 @@ class Scaler(torch.nn.Module):
             self.history.copy_(state["history"])
             self.scale_bits.copy_(state["scale"])
             self.pending.zero_()
-            self.fill(int(state["filled"]))
+            self.delayed = bool(state["delayed"])
+            self.counts = None
 
     def extra_repr(self) -> str:
         return str(self.rule)
@@ -159,7 +161,10 @@ def roll(scalers: Iterable[Scaler], reduce_max: Callable[[Tensor], None] | None 
     """Enter the running step's amax of every scaler into its history and set the scales of the next step.
 
     ``reduce_max`` makes a tensor of FP32 amaxes, shape (scalers,), the maximum over the ranks that share the model, in
-    place: one collective a step, after which all of them hold the same histories. One read of the device a step.
+    place: one collective a step, after which all of them hold the same histories.
+
+    Nobody waits for the device, but in the call in which a history may become full. That one was emptied is learned in
+    the call after, and until then its scale stays the one before.
     """
     groups: dict[Rule, list[Scaler]] = {}
     for scaler in scalers:
@@ -168,17 +173,37 @@ def roll(scalers: Iterable[Scaler], reduce_max: Callable[[Tensor], None] | None 
     if not groups:
         return
     delayed = [scaler for group in groups.values() for scaler in group]
+    before = _learn(delayed, _counted(delayed))
     amax = torch.cat([s.pending.view(1) for s in delayed]).view(torch.float32)
     amax = torch.where(torch.isfinite(amax), amax, torch.inf)  # a NaN would not survive gloo's MAX
     if reduce_max is not None:
         reduce_max(amax)
-    values = amax.tolist()
-    for group in groups.values():
-        _roll_group(group, amax[: len(group)], values[: len(group)])
-        amax, values = amax[len(group) :], values[len(group) :]
+    parts = amax.split([len(group) for group in groups.values()])
+    counts = HostCopy(torch.cat([_roll_group(group, part) for group, part in zip(groups.values(), parts, strict=True)]))
+    if any(not s.delayed and count + 1 >= s.rule.history for s, count in zip(delayed, before, strict=True)):
+        _learn(delayed, counts)
+    for scaler in delayed:
+        scaler.counts = counts
 
 
-def _roll_group(group: Sequence[Scaler], amax: Tensor, values: Sequence[float]) -> None:
+def _counted(scalers: Sequence[Scaler]) -> HostCopy:
+    """How many steps each history holds: the copy made when all of them were rolled last, or a fresh one."""
+    counts = scalers[0].counts
+    if counts is not None and all(scaler.counts is counts for scaler in scalers):
+        return counts
+    return HostCopy(torch.stack([scaler.history.count_nonzero() for scaler in scalers]))
+
+
+def _learn(scalers: Sequence[Scaler], counts: HostCopy) -> list[int]:
+    """Decide from how many steps each history holds whether the scale is the delayed one."""
+    found: list[int] = counts.tolist()
+    for scaler, count in zip(scalers, found, strict=True):
+        scaler.delayed = count == scaler.rule.history
+    return found
+
+
+def _roll_group(group: Sequence[Scaler], amax: Tensor) -> Tensor:
+    """Scalers of one rule; returns how many steps each history holds, on the device."""
     rule = group[0].rule
     old = torch.stack([s.history for s in group]).view(torch.float32)
     rolled = torch.cat([amax.unsqueeze(1), old[:, :-1]], dim=1)
@@ -186,15 +211,11 @@ def _roll_group(group: Sequence[Scaler], amax: Tensor, values: Sequence[float]) 
     history = torch.where(torch.isfinite(amax).unsqueeze(1), history, 0.0)
     largest = history[:, 0] if rule.algorithm == "most_recent" else history.amax(dim=1)
     scale_inv = kernels.scale_inv_from_amax(largest, rule.format, rule.margin, rule.power_of_two)
-    scale_bits = scale_inv.view(torch.int32)
+    scale_bits = torch.where(largest > 0, scale_inv.view(torch.int32), torch.cat([s.scale_bits[0] for s in group]))
     torch._foreach_copy_([s.history for s in group], list(history.view(torch.int32)))
     torch._foreach_copy_([s.scale_bits for s in group], [bits.view(1, 1) for bits in scale_bits])
     torch._foreach_zero_([s.pending for s in group])
-    for scaler, value in zip(group, values, strict=True):
-        if value == float("inf"):
-            scaler.fill(0)
-        elif value > 0:
-            scaler.fill(min(scaler.filled + 1, rule.history))
+    return history.count_nonzero(dim=1)
 
 
 def saturation(payload: Tensor, largest: float) -> Tensor:

@@ -59,8 +59,8 @@ class Adam(LowPrecisionOptimizer):
     def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
         return kernels.adam_update(param, grad, states[0], states[1], self._scalars(group), step)
 
-    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
-        kernels.adam_steps_(rows, self._scalars(group))
+    def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
+        kernels.adam_steps_(rows, self._scalars(group), bad)
         return True
 
 

@@ -7,7 +7,6 @@ policy does) and no process group (gradients arrive reduced).
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,13 +18,12 @@ from msamp_like.formats import RESIDUAL, WHOLE
 from msamp_like.kernels import Noise, Operand, Row
 from msamp_like.optim import residual, saving
 from msamp_like.optim.offload import Home, Offloaded
+from msamp_like.optim.outcome import Outcome, Outcomes, judged
 from msamp_like.optim.placement import Placement
 from msamp_like.optim.release import GradientRelease, Released
 from msamp_like.policy import O2, Policy, Role, Rule
 from msamp_like.scaling import quantize
 from msamp_like.tensor import ScalingTensor, real
-
-logger = logging.getLogger(__name__)
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
@@ -59,8 +57,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.policy = policy or O2
         self.seed = seed
-        self.skipped_steps = 0
-        self._consecutive_skips = 0
+        self._outcomes = Outcomes()
         self.agree_max: Callable[[Tensor], None] | None = None
         self.before_update: Callable[[], None] | None = None
         self.placement: Placement | None = None
@@ -108,8 +105,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         """State name -> what it is multiplied by each step, for the states that are decaying averages."""
         return {}
 
-    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
-        """The same for a table of stored tensors on one device, in place by one kernel; False where there is none."""
+    def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
+        """The same for a table of stored tensors on one device, in place by one kernel, which writes nothing where
+        ``bad`` is not zero; False where there is none."""
         return False
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -124,28 +122,22 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.home.collect()
         if self.before_update is not None:
             self.before_update()
-        if self.released is not None:
-            self.skipped_steps += self.released.close()
-        if not self._gradients_are_finite():
-            self.skipped_steps += 1
-            self._consecutive_skips += 1
-            self.home.drop()
-            logger.warning(
-                "a gradient is not finite: step skipped (%d skipped so far, %d in a row)",
-                self.skipped_steps,
-                self._consecutive_skips,
-            )
-            return loss
-        self._consecutive_skips = 0
+        outcome = self._outcomes.begin(self._bad(), self.released.close() if self.released is not None else None)
         for group, members in self._parts():
             stepped = [(i, p) for i, p in members if self.home.gradient(p) is not None and self._owns(p)]
-            self.step_together(stepped, group)
+            self.step_together(stepped, group, outcome)
             if self.placement is not None:
                 for index, _ in members:
                     self.placement.passed(index)
         if self.placement is not None:
             self.placement.finish()
+        self._outcomes.end()
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite. Waits for the last step."""
+        return self._outcomes.skipped
 
     def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((param, group) for group in self.param_groups for param in group["params"])
@@ -163,8 +155,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                 position += 1
             yield group, members
 
-    def _gradients_are_finite(self) -> bool:
-        """Round accumulated gradients, then ask all of them, on all ranks, with one read of the device."""
+    def _bad(self) -> Tensor:
+        """Round accumulated gradients; FP32 (1,), not zero if any of them, on any rank, is not finite."""
         flags = []
         for param, _ in self._parameters():
             grad = self.home.gradient(param)
@@ -173,13 +165,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             if grad.is_sparse:
                 raise RuntimeError("a gradient must be dense, got a sparse one; use nn.Embedding(sparse=False)")
             flags.append(torch.isfinite(self._finiteness(param)).all())
-        if self.agree_max is None:
-            return not flags or bool(torch.stack([f.to(flags[0].device) for f in flags]).all())
-        bad = torch.zeros(1, device=next(self._parameters())[0].device)  # ranks without gradients take part too
-        for flag in flags:
-            bad += ~flag.to(bad.device)
-        self.agree_max(bad)
-        return not bool(bad)
+        device = next((param.device for param, _ in self._parameters()), torch.device("cpu"))
+        return judged(flags, self.agree_max, device)
 
     def _finiteness(self, param: Tensor) -> Tensor:
         """A small tensor that is finite if and only if the gradient is."""
@@ -198,15 +185,23 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             grad.replace_(rounded)
         return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE) * grad.scale_inv
 
-    def step_together(self, members: Sequence[tuple[int, Tensor]], group: Group) -> None:
-        """Step parameters of one group, given with their positions among all; one kernel call for a device."""
+    def step_together(
+        self, members: Sequence[tuple[int, Tensor]], group: Group, outcome: Outcome | None = None
+    ) -> None:
+        """Step parameters of one group, given with their positions among all, unless the outcome says to leave the step
+        out; one kernel call for a device."""
         tables: dict[torch.device, list[Row]] = {}
         for index, param in members:
             tables.setdefault(self.home.device(param), []).append(self._row(param, group, index))
+            if outcome is not None:
+                outcome.counts(self.state[param])
+        for device, rows in tables.items():
+            bad = None if outcome is None else outcome.on(device)
+            if self.fused_update(rows, group, bad) or (bad is not None and bool(bad)):
+                continue
+            for row in rows:
+                self._update_row(row, group)
         for rows in tables.values():
-            if not self.fused_update(rows, group):
-                for row in rows:
-                    self._update_row(row, group)
             # kernels write behind autograd's back, and a graph that has saved these must not go on with new values
             written = [part.payload for row in rows for part in (row.param, row.copy) if part is not None]
             torch.autograd.graph.increment_version(written)
@@ -355,6 +350,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict and what else a resume needs; the tensors are those of the optimizer, not copies."""
+        self._outcomes.settle()
         saved = {**super().state_dict(), "seed": self.seed, "skipped_steps": self.skipped_steps}
         if self.released is not None:
             saved["gradient_norms"] = self.released.state()
@@ -368,6 +364,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         Unlike torch's own method it never casts a state to the parameter's dtype: a second moment of 1e-9 would be 0.
         """
         self.check_state(state_dict)
+        self._outcomes.restart(int(state_dict.get("skipped_steps", 0)))
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in old.items() if key != "params"})
         self.state.clear()
@@ -377,7 +374,6 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             elif self._in_two_parts(param):
                 residual.round_as_owner_(param, saved)
         self.seed = int(state_dict.get("seed", self.seed))
-        self.skipped_steps = int(state_dict.get("skipped_steps", 0))
         if self.released is not None:
             self.released.load_state(state_dict.get("gradient_norms", {}))
 

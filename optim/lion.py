@@ -1,25 +1,20 @@
 """Lion: the sign of an interpolated momentum, one state.
 
 Reference: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, https://arxiv.org/abs/2302.06675.
+The arithmetic is :func:`msamp_like.kernels.lion_update`, where its fused twins can see it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from msamp_like import kernels
+from msamp_like.kernels import LionScalars, Row
 from msamp_like.optim.base import Group, LowPrecisionOptimizer
 from msamp_like.policy import Policy, Role
-
-
-def lion_update(
-    param: Tensor, grad: Tensor, momentum: Tensor, *, lr: float, beta1: float, beta2: float, weight_decay: float
-) -> list[Tensor]:
-    """w = w (1 - lr decay) - lr sign(beta1 m + (1 - beta1) g);  m = beta2 m + (1 - beta2) g."""
-    direction = (momentum * beta1 + grad * (1 - beta1)).sign()
-    return [param * (1 - lr * weight_decay) - direction * lr, momentum * beta2 + grad * (1 - beta2)]
 
 
 class Lion(LowPrecisionOptimizer):
@@ -47,7 +42,15 @@ class Lion(LowPrecisionOptimizer):
     def betas(self, group: Group) -> Mapping[str, float]:
         return {"exp_avg": group["betas"][1]}
 
-    def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
+    def _scalars(self, group: Group) -> LionScalars:
         beta1, beta2 = group["betas"]
-        decay = float(group["weight_decay"])
-        return lion_update(param, grad, states[0], lr=float(group["lr"]), beta1=beta1, beta2=beta2, weight_decay=decay)
+        return LionScalars(float(group["lr"]), float(beta1), float(beta2), float(group["weight_decay"]))
+
+    def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
+        return kernels.lion_update(param, grad, states[0], self._scalars(group), step)
+
+    def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
+        fuses = kernels.has_twin("lion_steps_", rows[0].param.payload.device)
+        if fuses:
+            kernels.lion_steps_(rows, self._scalars(group), bad)
+        return fuses

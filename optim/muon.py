@@ -188,8 +188,8 @@ class Muon(AdamW):
             adjust_lr_fn=group["adjust_lr_fn"],
         )
 
-    def fused_update(self, rows: Sequence[Row], group: Group) -> bool:
-        return not group["use_muon"] and super().fused_update(rows, group)
+    def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
+        return not group["use_muon"] and super().fused_update(rows, group, bad)
 
 
 def muon_groups(

@@ -16,7 +16,6 @@ https://arxiv.org/abs/2306.09782, who step plain SGD so.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +24,6 @@ import torch
 from torch import Tensor
 
 from msamp_like.tensor import ScalingTensor, real
-
-logger = logging.getLogger(__name__)
 
 LARGEST_GROWTH = 4.0
 """Of a squared norm from step to step: what a first gradient may tell about the others."""
@@ -53,12 +50,24 @@ class GradientRelease:
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm must be positive, or None for no clipping, got {self.max_norm}")
 
+    @classmethod
+    def of(cls, given: bool | GradientRelease) -> GradientRelease | None:
+        """What a caller asks for: True is no clipping, False keeps gradients. Raises TypeError for anything else."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, bool):
+            raise TypeError(
+                f"gradient_release must be True, False or a GradientRelease, got {given!r}; to clip, give "
+                "optim.GradientRelease(max_norm=...)"
+            )
+        return cls() if given else None
+
 
 class Released:
     """The gradients of one optimizer's parameters on their way: clipped, handed to ``update``, freed.
 
     ``update`` steps parameter number i, in the order of ``parameters``; ``prepare`` is called before that and gives a
-    small tensor that is finite if and only if the gradient is. Nothing here waits for the device but :meth:`close`.
+    small tensor that is finite if and only if the gradient is. Nothing here waits for the device.
     """
 
     def __init__(
@@ -125,16 +134,15 @@ class Released:
         growth = torch.where(self._then > 0, self._now / self._then, 1.0).clamp(1 / LARGEST_GROWTH, LARGEST_GROWTH)
         return self._now + (self._total.to(power.device) - self._then).clamp(min=0.0) * growth
 
-    def close(self) -> int:
-        """End of the step: 1 if a gradient was not finite, which is logged, else 0. One read of the device."""
+    def close(self) -> tuple[Tensor, int] | None:
+        """End of the step: how many gradients were not finite, a scalar on their device, of how many; None of none."""
         if self._powers:
             self._start_from(self._powers)
         flags = [self._finite[i] for i in sorted(self._finite)]
         self._powers, self._finite, self._now, self._then = {}, {}, None, None
-        bad = int(torch.stack([~f.to(flags[0].device) for f in flags]).sum()) if flags else 0
-        if bad:
-            logger.warning("%d of %d gradients are not finite: each counted as zero for its parameter", bad, len(flags))
-        return int(bad > 0)
+        if not flags:
+            return None
+        return torch.stack([~flag.to(flags[0].device) for flag in flags]).sum(), len(flags)
 
     def _start_from(self, powers: dict[int, Tensor]) -> None:
         device = self._parameters[0].device

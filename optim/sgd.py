@@ -2,39 +2,20 @@
 
 Reference: Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum in deep learning",
 ICML 2013, https://proceedings.mlr.press/v28/sutskever13.html; the buffer starts at the first gradient, as torch's does.
+The arithmetic is :func:`msamp_like.kernels.sgd_update`, where its fused twins can see it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from msamp_like import kernels
+from msamp_like.kernels import Row, SgdScalars
 from msamp_like.optim.base import Group, LowPrecisionOptimizer
 from msamp_like.policy import Policy, Role
-
-
-def sgd_update(
-    param: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    *,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    step: int,
-) -> list[Tensor]:
-    """b = momentum b + (1 - dampening) g (b = g at step 1);  w = w - lr (g + momentum b if nesterov else b)."""
-    if weight_decay:
-        grad = grad + param * weight_decay
-    if not momentum:
-        return [param - grad * lr, momentum_buffer]
-    buffer = grad if step == 1 else momentum_buffer * momentum + grad * (1 - dampening)
-    direction = grad + buffer * momentum if nesterov else buffer
-    return [param - direction * lr, buffer]
 
 
 class SGD(LowPrecisionOptimizer):
@@ -75,15 +56,20 @@ class SGD(LowPrecisionOptimizer):
     def betas(self, group: Group) -> Mapping[str, float]:
         return {"momentum_buffer": group["momentum"]}
 
-    def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
-        return sgd_update(
-            param,
-            grad,
-            states[0],
+    def _scalars(self, group: Group) -> SgdScalars:
+        return SgdScalars(
             lr=float(group["lr"]),
             momentum=float(group["momentum"]),
             dampening=float(group["dampening"]),
             weight_decay=float(group["weight_decay"]),
             nesterov=bool(group["nesterov"]),
-            step=step,
         )
+
+    def update(self, param: Tensor, grad: Tensor, states: list[Tensor], group: Group, step: int) -> list[Tensor]:
+        return kernels.sgd_update(param, grad, states[0], self._scalars(group), step)
+
+    def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
+        fuses = kernels.has_twin("sgd_steps_", rows[0].param.payload.device)
+        if fuses:
+            kernels.sgd_steps_(rows, self._scalars(group), bad)
+        return fuses

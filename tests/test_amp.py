@@ -695,6 +695,13 @@ def test_a_model_must_be_a_module(model):
         amp.initialize(model)
 
 
+def test_a_seed_must_be_a_number_and_nothing_is_changed():
+    model = network()
+    with pytest.raises(TypeError, match="seed must be an int, got '7'"):
+        amp.initialize(model, torch.optim.AdamW(model.parameters()), seed="7")
+    assert not any(isinstance(p, ScalingTensor) for p in model.parameters())
+
+
 @pytest.mark.parametrize("call", [amp.restore, amp.fp8_report, amp.wire_bytes, lambda m: amp.state_dict(m, [])])
 @pytest.mark.parametrize("wrap", [lambda: network(), lambda: nn.Sequential(initialized()[0])], ids=["plain", "wrapped"])
 def test_what_needs_a_converted_model_says_so(call, wrap):

@@ -242,9 +242,9 @@ def test_gradients_leave_in_backward_and_weights_during_the_step():
     events = []
 
     class Watched(AdamW):
-        def fused_update(self, rows, group):
+        def fused_update(self, rows, group, bad):
             events.append(("stepped", len(rows)))
-            return super().fused_update(rows, group)
+            return super().fused_update(rows, group, bad)
 
     class WatchedLane(LateLane):
         def __init__(self, way):

@@ -178,6 +178,8 @@ def test_what_cannot_be_is_refused_with_a_remedy():
         amp.clip_grad_norm_(model, 1.0)
     with pytest.raises(ValueError, match="norm to clip by must be one of expected, parameter, got 'global'"):
         GradientRelease(max_norm=1.0, norm="global")
+    with pytest.raises(TypeError, match="must be True, False or a GradientRelease, got 3; to clip, give"):
+        initialized("lean", 3)
     with pytest.raises(ValueError, match="max_norm must be positive.*got -1"):
         GradientRelease(max_norm=-1)
 

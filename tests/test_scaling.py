@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msamp_like import scaling
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, WHOLE
+from msamp_like.host_copy import HostCopy
 from msamp_like.kernels import Noise, dequantize
 from msamp_like.policy import Rule
 from msamp_like.scaling import AutoScaler, Scaler, quantize, roll, saturation
@@ -163,13 +165,42 @@ def test_a_zero_amax_never_enters():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf")])
 def test_a_non_finite_amax_empties_the_history(bad):
-    """Behaviour 29: its own tensor is flagged, the next is scaled in time, and nothing of it stays."""
+    """Behaviour 29: its own tensor is flagged, and nothing of it stays. The next step, which starts before the host has
+    learned of it, keeps the scale; the one after is scaled in time."""
     scaler = delayed_after((8.0, 8.0))
     assert step(scaler, bad) == [math.inf]
-    assert (scaler.filled, scaler.delayed) == (0, False)
-    assert scaler.history.count_nonzero() == 0
-    assert step(scaler, 100.0) == [inverse_scale(100.0)]
-    assert scaler.filled == 1
+    assert scaler.filled == scaler.history.count_nonzero() == 0
+    assert step(scaler, 100.0) == [inverse_scale(8.0)]
+    assert (scaler.filled, scaler.delayed) == (1, False)
+    assert step(scaler, 30.0) == [inverse_scale(30.0)]
+    assert (scaler.filled, scaler.delayed) == (2, True)
+    assert step(scaler, 1.0) == [inverse_scale(100.0)]
+
+
+def test_rolling_waits_for_the_device_only_where_a_history_may_become_full(monkeypatch):
+    """Control: a copy that is read where it was made."""
+    read: list[int] = []
+    made: list[int] = []
+
+    class Counted(HostCopy):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            made.append(steps)
+
+        def tolist(self):
+            if made[-1] == steps:
+                read.append(steps)
+            return super().tolist()
+
+    monkeypatch.setattr(scaling, "HostCopy", Counted)
+    scalers = [delayed(5), delayed(5)]
+    for steps in range(30):
+        scalers[0].quantize(torch.ones(1, 1), record=True)
+        if steps > 9:
+            scalers[1].quantize(torch.ones(1, 1), record=True)
+        roll(scalers)
+        assert [s.delayed for s in scalers] == [steps >= 4, steps >= 14]
+    assert read == [0, 4, 14]  # in the first call there is no earlier copy
 
 
 def test_a_bad_micro_batch_does_not_hide_behind_a_good_one():
@@ -243,6 +274,16 @@ def test_state_continues_to_the_bit():
     assert same_bits(one.history, other.history)
     assert (one.filled, one.delayed) == (other.filled, other.delayed) == (3, True)
     assert step(one, 1.0) == step(other, 1.0) == [inverse_scale(600.0)]
+
+
+def test_state_of_an_emptied_history_continues_to_the_bit():
+    """Saved while the host has not learned of it yet: the copy keeps the scale for as long as the original."""
+    one, other = delayed_after((3.0, 70.0)), delayed(2)
+    step(one, math.inf)
+    other.load_state(one.state())
+    for amax in (5.0, 6.0, 7.0):
+        assert step(one, amax) == step(other, amax)
+        assert one.delayed == other.delayed
 
 
 def test_state_of_another_history_is_refused():

@@ -231,6 +231,15 @@ def test_lean_steps_equal_the_definition(every_simd, shape, stochastic):
     assert_equal([r._replace(states=(r.states[0], stored(torch.rand(shape), FP16, BLOCK))) for r in rows])
 
 
+def test_a_second_pass_keeps_the_scale_that_was_foreseen(every_simd):
+    """A moment with one scale needs the pass; the master's scale is that of the bound all the same."""
+    for factor in (1.0, 4.0):
+        row = lean_row((3, 256))
+        row.residual.amax.mul_(factor)
+        states = (row.states[0], stored(torch.rand(3, 256) * 1e-7, FP16, WHOLE))
+        assert_equal([row._replace(states=states)])
+
+
 def test_lean_steps_saturate_alike_when_the_largest_value_is_wrong(every_simd):
     for shape in ((3, 256), (3, 130)):
         row = lean_row(shape)

@@ -109,7 +109,9 @@ def initialize(
     _check(model, sources, overrides or {})
     check_bucket_bytes(bucket_bytes)
     axes = _axes(model, mesh, process_group, data_parallel)
-    release = GradientRelease() if gradient_release is True else gradient_release or None
+    release = GradientRelease.of(gradient_release)
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r}")
     if release is not None:
         _check_release(axes, policy)
     if offload is not None:

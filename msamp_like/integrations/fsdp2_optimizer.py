@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,6 @@ from msamp_like.optim import LowPrecisionOptimizer, check
 from msamp_like.policy import Policy, Role
 from msamp_like.scaling import Scaler, roll
 from msamp_like.tensor import ScalingTensor, real
-
-logger = logging.getLogger(__name__)
 
 
 def check_rowwise(optimizer: torch.optim.Optimizer) -> type[LowPrecisionOptimizer]:
@@ -62,7 +59,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.mesh = mesh
         self.device = device_of(mesh)
         self.group = group or CountedGroup(mesh.get_group(), "fsdp")
-        self.skipped_steps = 0
         self._scalers = tuple(scalers)
         self._names = {id(p): names[id(p)] for g in self.param_groups for p in g["params"]}
         self._held: dict[int, Tensor] = {id(p): _alias(local_of(p)) for p in self._parameters()}
@@ -72,6 +68,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for g in self.param_groups
         ]
         self.inner: LowPrecisionOptimizer = ours(groups, policy=policy, seed=_seed_of_rank(seed, self.group.rank))
+        self.inner.agree_max = lambda flag: self._all_reduce(flag, dist.ReduceOp.MAX, "fsdp/finite")
         for parameter in self._parameters():
             held = self._held[id(parameter)]
             if held.numel():
@@ -105,26 +102,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._bind()
-        if self._all_finite():
-            self.inner.step()
-            masters = [self.inner.state.get(self._held[id(p)], {}).get("master_weight") for p in self._parameters()]
-            agree_on_scales(list(zip(self._parameters(), masters, strict=True)), self.mesh, self.group)
-        else:
-            self.skipped_steps += 1
-            logger.warning("a gradient is not finite on some rank: step skipped (%d so far)", self.skipped_steps)
+        self.inner.step()
+        masters = [self.inner.state.get(self._held[id(p)], {}).get("master_weight") for p in self._parameters()]
+        agree_on_scales(list(zip(self._parameters(), masters, strict=True)), self.mesh, self.group)
         for held in self._held.values():
             held.grad = None
         self._source._opt_called = True  # type: ignore[attr-defined]  # a scheduler built on it asks whether a step came
         roll(self._scalers, lambda amax: self._all_reduce(amax, dist.ReduceOp.MAX, "fsdp/scalers"))
         return loss
 
-    def _all_finite(self) -> bool:
-        amaxes = [kernels.amax(h.grad.contiguous(), WHOLE).view(()) for h in self._held.values() if h.grad is not None]
-        wrong = torch.zeros((), device=self.device)
-        if amaxes:
-            wrong = (~torch.isfinite(torch.stack([a.to(self.device) for a in amaxes])).all()).float()
-        self._all_reduce(wrong, dist.ReduceOp.MAX, "fsdp/finite")
-        return not bool(wrong)
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite on some rank. Waits for the last step."""
+        return self.inner.skipped_steps
 
     def _all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType, label: str) -> None:
         """``x`` becomes the reduction over the ranks, in place; it may lie in host memory, the collective does not."""
@@ -178,7 +168,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """This rank's states; they load on the same rank of as many ranks."""
         self._bind()
         found = self.inner.state_dict()
-        return {**found, "rank": self.group.rank, "world": self.group.world, "skipped_steps": self.skipped_steps}
+        return {**found, "rank": self.group.rank, "world": self.group.world}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`, bit for bit; raises ValueError for the state of another rank or world."""
@@ -191,7 +181,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "over with full_state_dict and load_full_state_dict"
             )
         self.inner.load_state_dict(state_dict)
-        self.skipped_steps = int(state_dict["skipped_steps"])
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             group.update({key: value for key, value in inner.items() if key != "params"})
 

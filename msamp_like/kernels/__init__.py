@@ -27,20 +27,26 @@ from msamp_like.kernels import cpu, cpu_updates, grouped, reference, reference_u
 from msamp_like.kernels.reference import Noise, Operand
 from msamp_like.kernels.reference_updates import (
     AdamScalars,
+    LionScalars,
     Residual,
     Row,
+    SgdScalars,
     adam_update,
     dequantize_with_residual,
+    lion_update,
     quantize_with_residual,
+    sgd_update,
     store_with_residual_,
 )
 
 __all__ = [
     "AdamScalars",
+    "LionScalars",
     "Noise",
     "Operand",
     "Residual",
     "Row",
+    "SgdScalars",
     "adam_steps_",
     "adam_update",
     "amax",
@@ -49,6 +55,9 @@ __all__ = [
     "dequantize",
     "dequantize_with_residual",
     "grouped_matmul",
+    "has_twin",
+    "lion_steps_",
+    "lion_update",
     "quantize",
     "quantize_amax",
     "quantize_both",
@@ -56,9 +65,14 @@ __all__ = [
     "quantize_with_residual",
     "scale_inv_from_amax",
     "scaled_matmul",
+    "sgd_steps_",
+    "sgd_update",
     "store_",
     "store_with_residual_",
 ]
+
+_STEPS: dict[str, Any] = {"adam_steps_": AdamScalars, "lion_steps_": LionScalars, "sgd_steps_": SgdScalars}
+"""Steps of a table of rows, each with what its update is told."""
 
 _SCHEMAS = (
     "amax(Tensor x, int[2] block) -> Tensor",
@@ -83,8 +97,7 @@ _SCHEMAS = (
     " float scale, bool causal, ScalarType format, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "store_(Tensor(a!) target, Tensor(b!) target_scale_inv, int[2] target_block, SymInt[]? target_noise,"
     " Tensor value) -> ()",
-    f"adam_steps_({table.SCHEMA}, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled)"
-    " -> ()",
+    *(table.schema(name, scalars) for name, scalars in _STEPS.items()),
 )
 
 _LIBRARY = torch.library.Library("msamp_like", "DEF")
@@ -170,23 +183,39 @@ def store_(target: Operand, value: Tensor) -> None:
     _OPS.store_.default(*target, value)
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """See :func:`.reference_updates.adam_steps_`; all rows lie on one device and have as many states."""
-    _OPS.adam_steps_.default(*table.flatten(rows), *scalars)
+    _OPS.adam_steps_.default(*table.flatten(rows), *scalars, bad)
+
+
+def lion_steps_(rows: Sequence[Row], scalars: LionScalars, bad: Tensor | None = None) -> None:
+    """See :func:`.reference_updates.lion_steps_`; all rows lie on one device."""
+    _OPS.lion_steps_.default(*table.flatten(rows), *scalars, bad)
+
+
+def sgd_steps_(rows: Sequence[Row], scalars: SgdScalars, bad: Tensor | None = None) -> None:
+    """See :func:`.reference_updates.sgd_steps_`; all rows lie on one device."""
+    _OPS.sgd_steps_.default(*table.flatten(rows), *scalars, bad)
 
 
 # --- which twin -----------------------------------------------------------------------------------------------------
 
 
+def has_twin(name: str, device: torch.device) -> bool:
+    """Whether a function is more than its definition on ``device``."""
+    pick = {"cpu": _on_cpu, "cuda": _on_cuda}.get(device.type, _elsewhere)
+    return pick(name) is not _elsewhere(name)
+
+
 def _elsewhere(name: str) -> ModuleType:
-    return reference_updates if name == "adam_steps_" else reference
+    return reference_updates if name.endswith("_steps_") else reference
 
 
 @functools.cache
 def _on_cpu(name: str) -> ModuleType:
     if not cpu.available():
         return _elsewhere(name)
-    return cpu_updates if name == "adam_steps_" else cpu
+    return cpu_updates if name.endswith("_steps_") else cpu
 
 
 @functools.cache
@@ -275,10 +304,11 @@ class _Device:
     def store_(self, *arguments: Any) -> None:
         self.pick("store_").store_(_operand(*arguments[:4]), arguments[4].contiguous())
 
-    def adam_steps_(self, *arguments: Any) -> None:
-        width = len(table.Flat._fields)
-        rows = table.unflatten(table.Flat(*arguments[:width]))
-        self.pick("adam_steps_").adam_steps_(rows, AdamScalars(*arguments[width:]))
+    def steps_(self, name: str, *arguments: Any) -> None:
+        scalars, width = _STEPS[name], len(table.Flat._fields)
+        rows, rest = table.unflatten(table.Flat(*arguments[:width])), arguments[width:]
+        fields = len(scalars._fields)  # torch leaves out what follows them where it is the default
+        getattr(self.pick(name), name)(rows, scalars(*rest[:fields]), *rest[fields:])
 
 
 def _block(block: list[int]) -> Block:
@@ -325,13 +355,6 @@ def _empty_product(
     return torch.empty((left.shape[0], right.shape[1]), dtype=dtype, device=a.device)
 
 
-def _empty_grouped(
-    a: Tensor, a_scale_inv: Tensor, a_block: list[int], b: Tensor, b_scale_inv: Tensor, b_block: list[int],
-    offsets: Tensor, layout: str, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return grouped.empty_product(a, b, offsets, layout, dtype)
-
-
 _SHAPES: dict[str, Callable[..., Any]] = {
     "amax": _empty_grid,
     "scale_inv_from_amax": lambda amax, dtype, margin, power_of_two: torch.empty(
@@ -347,7 +370,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "quantize_both": _empty_both,
     "dequantize": lambda payload, scale_inv, block, dtype: _empty_payload(payload, dtype),
     "scaled_matmul": _empty_product,
-    "grouped_matmul": _empty_grouped,
+    "grouped_matmul": lambda a, a_scale_inv, a_block, b, *rest: grouped.empty_product(a, b, *rest[2:]),
     "attention_forward": lambda query, *rest: (
         torch.empty(query.shape, dtype=rest[-1], device=query.device),
         torch.empty(query.shape[:3], dtype=torch.float32, device=query.device),
@@ -356,10 +379,12 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         torch.empty(arguments[i].shape, dtype=arguments[-1], device=arguments[i].device) for i in (0, 3, 6)
     ),
     "store_": lambda *arguments: None,
-    "adam_steps_": lambda *arguments: None,
+    **dict.fromkeys(_STEPS, lambda *arguments: None),
 }
 
 for _name, _shape in _SHAPES.items():
     for _key, _pick in (("CPU", _on_cpu), ("CUDA", _on_cuda), ("CompositeExplicitAutograd", _elsewhere)):
-        _LIBRARY.impl(_name, getattr(_Device(_pick), _name), _key)
+        _device = _Device(_pick)
+        _implementation = functools.partial(_device.steps_, _name) if _name in _STEPS else getattr(_device, _name)
+        _LIBRARY.impl(_name, _implementation, _key)
     torch.library.register_fake(f"msamp_like::{_name}", _shape, lib=_LIBRARY)

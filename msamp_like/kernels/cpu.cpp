@@ -25,7 +25,9 @@ struct Kernels {
     void (*quantize)(const Cast&, int64_t, int64_t);
     void (*quantize_current)(const Cast&, int64_t, int64_t);
     void (*dequantize)(const Cast&, int64_t, int64_t);
-    void (*step)(Row&, const AdamScalars&, int64_t, int64_t, bool);
+    void (*adam)(Row&, const AdamScalars&, int64_t, int64_t, bool);
+    void (*lion)(Row&, const LionScalars&, int64_t, int64_t, bool);
+    void (*sgd)(Row&, const SgdScalars&, int64_t, int64_t, bool);
     void (*copy)(Row&, int64_t, int64_t);
 };
 
@@ -148,7 +150,7 @@ void prepare(Row& row) {
         stored.next_scale_inv = 1.0f;
         stored.amax = 0;
     }
-    if (row.residual) {
+    if (row.residual && row.growth > 0) {
         const float largest = *row.residual_amax * row.growth + row.increase;
         row.stored[0].next_scale_inv = Rule{E4M3}.scale_inv((uint32_t)float_bits(largest) & 0x7fffffff);
     }
@@ -159,9 +161,7 @@ void prepare(Row& row) {
 }
 
 bool needs_scales(const Row& row) {
-    bool unknown = false;
-    for (int k = 0; k < 3; ++k) unknown |= row.stored[k].scale_unknown() && !(k == 0 && row.residual);
-    return unknown;
+    return row.scale_unknown(0) || row.scale_unknown(1) || row.scale_unknown(2);
 }
 
 // Scales of operands that have one, now that all is written; flags those that took a value that is not finite.
@@ -176,6 +176,35 @@ void settle(Row& row) {
         if (k == 0) row.copy.amax = INFINITE;
     }
     if (row.residual) *row.residual_amax = float_of(row.stored[0].amax);
+}
+
+// One step of every row. Copies are written with the scale of the last step's, and once more where it turned out to be
+// another: the largest value crossed a binade.
+template <typename Scalars, typename Step, typename Copy>
+void step_rows(Row* rows, int64_t count, const Scalars& scalars, Step step, Copy copy, int threads) {
+    const auto all = [](const Row&) { return true; };
+    for (int64_t i = 0; i < count; ++i) prepare(rows[i]);
+    over_rows(rows, count, threads, needs_scales,
+              [&](Row& row, int64_t low, int64_t high) { step(row, scalars, low, high, false); });
+    for (int64_t i = 0; i < count; ++i) {
+        if (!needs_scales(rows[i])) continue;
+        for (int k = 0; k < 3; ++k) {
+            Stored& stored = rows[i].stored[k];
+            if (rows[i].scale_unknown(k)) stored.next_scale_inv = Rule{stored.type}.scale_inv(stored.amax);
+            stored.amax = 0;
+        }
+    }
+    over_rows(rows, count, threads, all,
+              [&](Row& row, int64_t low, int64_t high) { step(row, scalars, low, high, true); });
+    for (int64_t i = 0; i < count; ++i) {
+        settle(rows[i]);
+        Stored& made = rows[i].copy;
+        if (!made.payload) continue;
+        const float scale_inv = Rule{made.type}.scale_inv(made.amax);
+        made.per_tile = scale_inv != made.next_scale_inv;  // not this step's: to be written again
+        *made.scale_inv = made.next_scale_inv = scale_inv;
+    }
+    over_rows(rows, count, threads, [](const Row& row) { return row.copy.payload && row.copy.per_tile; }, copy);
 }
 
 }  // namespace
@@ -247,32 +276,16 @@ EXPORT void msamp_dequantize(const uint8_t* payload, int in, float* scale_inv, u
     cast_all(cast, kernels(simd).dequantize, threads);
 }
 
-// One step of every row. Copies are written with the scale of the last step's, and once more where it turned out to be
-// another: the largest value crossed a binade.
 EXPORT void msamp_adam(Row* rows, int64_t count, const AdamScalars* scalars, int simd, int threads) {
-    const Kernels& chosen = kernels(simd);
-    const auto all = [](const Row&) { return true; };
-    for (int64_t i = 0; i < count; ++i) prepare(rows[i]);
-    over_rows(rows, count, threads, needs_scales,
-              [&](Row& row, int64_t low, int64_t high) { chosen.step(row, *scalars, low, high, false); });
-    for (int64_t i = 0; i < count; ++i)
-        for (Stored& stored : rows[i].stored)
-            if (needs_scales(rows[i]) && stored.scale_unknown() && &stored != rows[i].stored + 3) {
-                stored.next_scale_inv = Rule{stored.type}.scale_inv(stored.amax);
-                stored.amax = 0;
-            }
-    over_rows(rows, count, threads, all,
-              [&](Row& row, int64_t low, int64_t high) { chosen.step(row, *scalars, low, high, true); });
-    for (int64_t i = 0; i < count; ++i) {
-        settle(rows[i]);
-        Stored& copy = rows[i].copy;
-        if (!copy.payload) continue;
-        const float scale_inv = Rule{copy.type}.scale_inv(copy.amax);
-        copy.per_tile = scale_inv != copy.next_scale_inv;  // not this step's: to be written again
-        *copy.scale_inv = copy.next_scale_inv = scale_inv;
-    }
-    over_rows(rows, count, threads, [](const Row& row) { return row.copy.payload && row.copy.per_tile; },
-              [&](Row& row, int64_t low, int64_t high) { chosen.copy(row, low, high); });
+    step_rows(rows, count, *scalars, kernels(simd).adam, kernels(simd).copy, threads);
+}
+
+EXPORT void msamp_lion(Row* rows, int64_t count, const LionScalars* scalars, int simd, int threads) {
+    step_rows(rows, count, *scalars, kernels(simd).lion, kernels(simd).copy, threads);
+}
+
+EXPORT void msamp_sgd(Row* rows, int64_t count, const SgdScalars* scalars, int simd, int threads) {
+    step_rows(rows, count, *scalars, kernels(simd).sgd, kernels(simd).copy, threads);
 }
 
 #include "cpu_fused_exports.h"

@@ -67,7 +67,7 @@ class _Native:
                 *(*shape, *how),
             ),
             "msamp_dequantize": (pointer, integer, pointer, pointer, integer, *shape, *how),
-            "msamp_adam": (pointer, size, pointer, *how),
+            **dict.fromkeys(("msamp_adam", "msamp_lion", "msamp_sgd"), (pointer, size, pointer, *how)),
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -81,6 +81,8 @@ class _Native:
         self.dequantize = library.msamp_dequantize
         self.library = library  # cpu_fused.py has functions of its own in it
         self.adam = library.msamp_adam
+        self.lion = library.msamp_lion
+        self.sgd = library.msamp_sgd
         self.simd: int = library.msamp_simd()
 
 

@@ -15,10 +15,11 @@ namespace ISA {
 #include "cpu_casts.h"
 #include "cpu_scaled.h"
 #include "cpu_updates.h"
+#include "cpu_momentum.h"
 #include "cpu_tiles.h"
 
-static const Kernels KERNELS = {amax_range,       quantize_range, quantize_current_range,
-                                dequantize_range, step_range,     copy_range};
+static const Kernels KERNELS = {amax_range, quantize_range,       quantize_current_range, dequantize_range,
+                                adam_range, momentum_range<Lion>, momentum_range<Sgd>,    copy_range};
 
 #undef INLINE
 #undef INLINE_MEMBER

@@ -16,15 +16,12 @@ INLINE __m512i packed_bytes(const I (&codes)[4]) {
     return gathered((__m512i)codes[0], (__m512i)codes[1], (__m512i)codes[2], (__m512i)codes[3], low);
 }
 
-// The same with the excess taken away and the signs of `signs` put in.
-template <int Type>
-INLINE __m512i signed_bytes(const I (&codes)[4], const I (&signs)[4]) {
-    constexpr int mantissa = Spec<Type>::mantissa;
-    constexpr uint8_t excess = (uint8_t)((Spec<Type>::smallest_field + 23 - mantissa) << mantissa);
+// Those bytes with the excess taken away and the signs of `signs` put in.
+INLINE __m512i signed_bytes(__m512i bytes, const I (&signs)[4], int excess) {
     alignas(64) static constexpr LowBytes LOW;
     const __m512i top = _mm512_add_epi8(load<__m512i>(LOW.index), _mm512_set1_epi8(3));
     const __m512i sign = gathered((__m512i)signs[0], (__m512i)signs[1], (__m512i)signs[2], (__m512i)signs[3], top);
-    const __m512i code = _mm512_sub_epi8(packed_bytes(codes), _mm512_set1_epi8((char)excess));
+    const __m512i code = _mm512_sub_epi8(bytes, _mm512_set1_epi8((char)excess));
     return _mm512_ternarylogic_epi64(code, sign, _mm512_set1_epi8((char)0x80), 0xf8);  // code | (sign & 0x80)
 }
 
@@ -40,7 +37,8 @@ INLINE void encode_scaled_bytes(uint8_t* to, const Group& real) {
         const I adder = (field + (dropped << 23)) | (signs[k] & (1 << 31));
         codes[k] = (I)(real[k] + (F)adder) + (I)((U)adder >> dropped);
     }
-    store(to, signed_bytes<Type>(codes, signs));
+    constexpr int excess = (Spec<Type>::smallest_field + dropped) << Spec<Type>::mantissa;
+    store(to, signed_bytes(packed_bytes(codes), signs, excess));
 }
 
 // Whether one of the values, none of them a NaN, is below the normal numbers (or, without a sign, negative).
@@ -78,11 +76,14 @@ INLINE void encode_scaled(uint8_t* to, const Group& real) {
 template <int Type, int Half>
 INLINE void encode_scaled_stochastically(uint8_t* to, const Group& real, const U* words) {
 #if LANES == 16
-    if constexpr (Type == FP16 || Type == UE5M3) {
+    if constexpr (Type == FP16 || Type == UE5M3 || Type == E4M3) {
         if (__builtin_expect(!any_below_normal<Type>(real), 1)) {
-            I codes[4];
+            I codes[4], signs[4];
             for (int k = 0; k < 4; ++k) {
-                if constexpr (Type == FP16) {
+                if constexpr (Type == E4M3) {
+                    signs[k] = (I)real[k];
+                    codes[k] = ((signs[k] & 0x7fffffff) + (half_of<Half>(words[k]) << 4)) >> 20;
+                } else if constexpr (Type == FP16) {
                     const I random = Half == UPPER ? (I)(words[k] >> 19) : (I)(words[k] >> 3 & 0x1fff);
                     store(to + 2 * k * LANES, _mm512_cvtps_ph((__m512)((I)real[k] + random), _MM_FROUND_TO_ZERO));
                 } else {
@@ -93,6 +94,8 @@ INLINE void encode_scaled_stochastically(uint8_t* to, const Group& real, const U
             static_assert(((Spec<UE5M3>::smallest_field - 1) << 3 & 0xff) == 0x80, "the excess of a byte");
             if constexpr (Type == UE5M3)
                 store(to, _mm512_xor_si512(packed_bytes(codes), _mm512_set1_epi8((char)0x80)));
+            if constexpr (Type == E4M3)
+                store(to, signed_bytes(packed_bytes(codes), signs, (Spec<E4M3>::smallest_field - 1) << 3));
             return;
         }
     }

@@ -43,19 +43,22 @@ INLINE I magnitude_below(F value, I lanes, int64_t count) {
     return count >= LANES ? magnitude : (lanes < (int32_t)count ? magnitude : I{});
 }
 
-template <bool Clamps>
-static void update_values(const Coefficients& c, int64_t n, Values& values) {
+template <typename Update>
+static void update_values(const Update& update, int64_t n, Values& values) {
     const I lanes = lane_numbers();
     I amax[3] = {};
     for (int64_t i = 0; i < n; i += LANES) {
-        F param = load<F>(values.param + i), first = load<F>(values.first + i), second = load<F>(values.second + i);
-        adam<Clamps>(param, first, second, load<F>(values.grad + i), c);
+        F param = load<F>(values.param + i), first = load<F>(values.first + i), second = {};
+        if constexpr (Update::STATES == 2) second = load<F>(values.second + i);
+        update(param, first, second, load<F>(values.grad + i));
         store(values.param + i, param);
         store(values.first + i, first);
-        store(values.second + i, second);
         amax[0] = larger(magnitude_below(param, lanes, n - i), amax[0]);
         amax[1] = larger(magnitude_below(first, lanes, n - i), amax[1]);
-        amax[2] = larger(magnitude_below(second, lanes, n - i), amax[2]);
+        if constexpr (Update::STATES == 2) {
+            store(values.second + i, second);
+            amax[2] = larger(magnitude_below(second, lanes, n - i), amax[2]);
+        }
     }
     for (int k = 0; k < 3; ++k) values.amax[k] = largest_lane(amax[k]);
 }
@@ -66,7 +69,7 @@ static void read_values(const Row& row, int64_t start, int64_t n, int64_t tile, 
         const Stored& stored = row.stored[k];
         if (k == 0 && row.residual)
             read_split(row, start, n, values.param);
-        else
+        else if (stored.payload)
             DECODERS[stored.type][FP32](stored.payload + start * SIZE[stored.type], (uint8_t*)staged[k], n,
                                         stored.scale_inv[stored.per_tile ? tile : 0]);
     }
@@ -76,6 +79,7 @@ static void write_values(const Values& values, const Row& row, int64_t start, in
     const float* const sources[3] = {values.param, values.first, values.second};
     for (int k = 0; k < 3; ++k) {
         const Stored& stored = row.stored[k];
+        if (!stored.payload) continue;
         if (k == 0 && row.residual) {
             write_split(row, start, n, values.param);
             continue;
@@ -98,14 +102,14 @@ static uint32_t copy_values(const Row& row, int64_t start, int64_t n, int64_t ti
 }
 
 // `write` false: only finds the largest new values, for operands whose one scale must be known before any is written.
-static void step_tiles(Row& row, const AdamScalars& scalars, int64_t low, int64_t high, bool write) {
-    const Coefficients c(row, scalars);
+template <typename Update>
+static void step_tiles(Row& row, const Update& update, int64_t low, int64_t high, bool write) {
     const Grid grid = row.grid();
     Values values = {};
     uint32_t amax[4] = {0, 0, 0, 0};
     for (Run run(grid, low, high); run.start < high; run.next()) {
         read_values(row, run.start, run.length(), run.block, values);
-        (row.residual ? update_values<true> : update_values<false>)(c, run.length(), values);
+        update_values(update, run.length(), values);
         for (int k = 0; k < 3; ++k) amax[k] = values.amax[k] > amax[k] ? values.amax[k] : amax[k];
         if (write) write_values(values, row, run.start, run.length(), run.block);
         if (write && row.copy.payload) {
@@ -118,12 +122,21 @@ static void step_tiles(Row& row, const AdamScalars& scalars, int64_t low, int64_
 }
 
 // Elements [low, high), which cut no tile.
-static void step_range(Row& row, const AdamScalars& scalars, int64_t low, int64_t high, bool write) {
+static void adam_range(Row& row, const AdamScalars& scalars, int64_t low, int64_t high, bool write) {
     const StepBlocks blocks = write ? blocks_of(row) : nullptr;
     if (blocks)
         blocks(row, scalars, low / BLOCK, high / BLOCK);
     else
-        step_tiles(row, scalars, low, high, write);
+        step_tiles(row, Adam(row, scalars), low, high, write);
+}
+
+template <typename Update>
+static void momentum_range(Row& row, const typename Update::Scalars& scalars, int64_t low, int64_t high, bool write) {
+    const MomentumBlocks<Update> blocks = momentum_blocks_of<Update>(row);
+    if (blocks)
+        blocks(row, Update(row, scalars), low / BLOCK, high / BLOCK, write);
+    else
+        step_tiles(row, Update(row, scalars), low, high, write);
 }
 
 // The copy once more, with the scale that the step found.

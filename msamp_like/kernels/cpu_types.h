@@ -194,6 +194,15 @@ struct AdamScalars {
     int32_t decoupled;
 };
 
+struct LionScalars {
+    float shrink, beta1, rest1, beta2, rest2, lr;
+};
+
+struct SgdScalars {
+    float weight_decay, momentum, rest, lr;
+    int32_t nesterov;
+};
+
 struct Stored {
     uint8_t* payload;
     float* scale_inv;
@@ -207,15 +216,22 @@ struct Stored {
     bool scale_unknown() const { return !per_tile && type != FP32 && type != BF16; }
 };
 
-// reference_updates.Row, and its scalars. Tiles are (1, tile); an operand has one scale a tile or one in all.
+// reference_updates.Row, and what of its update depends on the step. Tiles are (1, tile); an operand has one scale a tile
+// or one in all.
 struct Row {
-    Stored stored[4];  // param, first, second, grad
+    Stored stored[4];  // param, first, second (payload null: there is none), grad
     Stored copy;       // payload null: none
     int8_t* residual;  // null: the parameter holds all of the master
     float* residual_amax;
     int64_t rows, columns, tile;
-    float rate, eps, ratio, growth, increase;
+    float rate, eps, ratio;
+    float growth, increase;  // growth 0: no bound is known of what a step adds to a master in two parts
+    int32_t step;
 
+    bool scale_unknown(int operand) const {
+        const bool foreseen = operand == 0 && residual && growth > 0;
+        return operand < 3 && stored[operand].scale_unknown() && !foreseen;
+    }
     Grid grid() const { return {rows, columns, 1, tile}; }
     int64_t numel() const { return rows * columns; }
 };

@@ -4,12 +4,13 @@
 
 struct Coefficients {
     F shrink, decay, beta1, rest1, beta2, rest2, rate, eps, ratio;
-    bool adds;
+    bool adds, clamps;
 
     Coefficients(const Row& row, const AdamScalars& s)
         : shrink(floats(s.decoupled ? s.shrink : 1.0f)), decay(floats(s.weight_decay)), beta1(floats(s.beta1)),
           rest1(floats(s.rest1)), beta2(floats(s.beta2)), rest2(floats(s.rest2)), rate(floats(row.rate)),
-          eps(floats(row.eps)), ratio(floats(row.ratio)), adds(s.weight_decay != 0 && !s.decoupled) {}
+          eps(floats(row.eps)), ratio(floats(row.ratio)), adds(s.weight_decay != 0 && !s.decoupled),
+          clamps(row.residual) {}
 };
 
 INLINE F square_root(F value) {
@@ -43,6 +44,18 @@ INLINE void adam(F& param, F& first, F& second, F grad, const Coefficients& c) {
     if constexpr (Clamps) quotient = clamped(quotient, c.ratio);
     param = param - quotient * c.rate;
 }
+
+// What differs from update to update: how many states it keeps, and what it does to a vector of each.
+struct Adam {
+    static constexpr int STATES = 2;
+    const Coefficients c;
+
+    Adam(const Row& row, const AdamScalars& scalars) : c(row, scalars) {}
+
+    INLINE_MEMBER void operator()(F& param, F& first, F& second, F grad) const {
+        c.clamps ? adam<true>(param, first, second, grad, c) : adam<false>(param, first, second, grad, c);
+    }
+};
 
 // --- blocks of 128 in the formats of the levels: everything in registers and the first-level cache --------------------
 

@@ -8,69 +8,116 @@ the reference's, bit for bit the same.
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from msamp_like.formats import block_extent, format_of, matrix_shape
 from msamp_like.kernels import reference_updates
 from msamp_like.kernels.cpu import TYPES, checked_scales, native, threads
 from msamp_like.kernels.reference import Operand, noise_keys
-from msamp_like.kernels.reference_updates import AdamScalars, Row, bounds, corrected, largest_ratio
+from msamp_like.kernels.reference_updates import (
+    AdamScalars,
+    LionScalars,
+    Row,
+    SgdScalars,
+    bounds,
+    corrected,
+    is_bad,
+    largest_ratio,
+)
 
 _TILE = 2048  # the longest run that a step holds in the cache
 _BLOCK = 128  # what operands without blocks are cut into
 _STORED = "QQ3I3ifI"
-_ROW = struct.Struct("@" + _STORED * 5 + "QQ3q5f4x")
-_SCALARS = struct.Struct("@6fi")
+_ROW = struct.Struct("@" + _STORED * 5 + "QQ3q5fi")
+_ADAM, _LION, _SGD = struct.Struct("@6fi"), struct.Struct("@6f"), struct.Struct("@4fi")
 _NOTHING = (0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0)
+_NO_STATE = (0, 0, 0, 0, 0, 0, 0, 1, 0.0, 0)  # per_tile: no scale to look for
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """See :func:`.reference_updates.adam_steps_`; one pass over the bytes of all rows, bit-equal."""
+    if is_bad(bad):
+        return
+    s = scalars
+    coefficients = _ADAM.pack(
+        1 - s.lr * s.weight_decay, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.decoupled
+    )
+
+    def of_step(step: int) -> tuple[float, ...]:
+        ratio = largest_ratio(s, step)
+        return *corrected(s, step), ratio, *bounds(s, step, ratio)
+
+    definition = functools.partial(reference_updates.adam_steps_, scalars=s)
+    _steps_(rows, native().adam, coefficients, definition, of_step)
+
+
+def lion_steps_(rows: Sequence[Row], scalars: LionScalars, bad: Tensor | None = None) -> None:
+    """See :func:`.reference_updates.lion_steps_`; bit-equal. A master in two parts costs a second pass."""
+    if is_bad(bad):
+        return
+    s = scalars
+    coefficients = _LION.pack(1 - s.lr * s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.lr)
+    _steps_(rows, native().lion, coefficients, functools.partial(reference_updates.lion_steps_, scalars=s))
+
+
+def sgd_steps_(rows: Sequence[Row], scalars: SgdScalars, bad: Tensor | None = None) -> None:
+    """See :func:`.reference_updates.sgd_steps_`; bit-equal. A master in two parts costs a second pass."""
+    if is_bad(bad):
+        return
+    s = scalars
+    coefficients = _SGD.pack(s.weight_decay, s.momentum, 1 - s.dampening, s.lr, s.nesterov)
+    _steps_(rows, native().sgd, coefficients, functools.partial(reference_updates.sgd_steps_, scalars=s))
+
+
+def _no_bound(step: int) -> tuple[float, ...]:
+    return (0.0,) * 5
+
+
+def _steps_(
+    rows: Sequence[Row],
+    step: Callable[..., None],
+    coefficients: bytes,
+    definition: Callable[[list[Row]], None],
+    of_step: Callable[[int], tuple[float, ...]] = _no_bound,
+) -> None:
+    """``step``, a function of the library, on all rows that it takes, ``definition`` on the others."""
     kept = []  # what a packed row points into lives until the call returns
     packed = bytearray()
     for row in rows:
         row = row._replace(grad=_contiguous(row.grad))
         tile = _common_tile(row)
         if tile is None:
-            reference_updates.adam_steps_([row], scalars)
+            definition([row])
         else:
             kept.append(row)
-            packed += _packed(row, tile, scalars)
-    if not kept:
-        return
-    s = scalars
-    coefficients = _SCALARS.pack(
-        1 - s.lr * s.weight_decay, s.weight_decay, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.decoupled
-    )
-    table = torch.frombuffer(packed, dtype=torch.uint8)
-    library = native()
-    library.adam(table.data_ptr(), len(kept), coefficients, library.simd, threads())
+            packed += _packed(row, tile, of_step(row.step))
+    if kept:
+        table = torch.frombuffer(packed, dtype=torch.uint8)
+        step(table.data_ptr(), len(kept), coefficients, native().simd, threads())
 
 
 def _contiguous(operand: Operand) -> Operand:
     return operand._replace(payload=operand.payload.contiguous(), scale_inv=operand.scale_inv.contiguous())
 
 
-def _packed(row: Row, tile: int, scalars: AdamScalars) -> bytes:
+def _packed(row: Row, tile: int, of_step: tuple[float, ...]) -> bytes:
     operands = (row.param, *row.states, row.grad)
     # With one scale each the rows mean nothing, and one long row makes full tiles.
     cut = any(operand.scale_inv.numel() > 1 for operand in operands)
     rows, columns = matrix_shape(row.param.payload.shape) if cut else (1, row.param.payload.numel())
     if columns % tile == 0:
         rows, columns = 1, rows * columns
-    ratio = largest_ratio(scalars, row.step)
+    stored = [_stored(row.param), *(_stored(state) for state in row.states)]
+    stored += [_NO_STATE] * (3 - len(stored))
+    stored += [_stored(row.grad), _NOTHING if row.copy is None else _stored(row.copy)]
     residual = (0, 0) if row.residual is None else (row.residual.payload.data_ptr(), row.residual.amax.data_ptr())
-    return _ROW.pack(
-        *(number for operand in operands for number in _stored(operand)),
-        *(_NOTHING if row.copy is None else _stored(row.copy)),
-        *residual,
-        *(rows, columns, tile),
-        *corrected(scalars, row.step),
-        *(ratio, *bounds(scalars, row.step, ratio)),
-    )
+    numbers = (number for operand in stored for number in operand)
+    return _ROW.pack(*numbers, *residual, rows, columns, tile, *of_step, row.step)
 
 
 def _stored(operand: Operand) -> tuple[float, ...]:

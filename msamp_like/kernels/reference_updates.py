@@ -10,14 +10,16 @@ A master may be stored in two parts of 8 bits, a weight that products read as it
 
 One 16-bit number, in other words, with the exponents of the weight's format and 8 mantissa bits more (E4M3 and its
 residual: sign, 4 and 11), cut so that the weight is the number rounded to nearest. The weight has one scale, which has
-to be known before the first element is written. It comes from the largest value of the last write, kept beside the
-residual, and from a bound on what one step can add to it (:func:`largest_ratio`).
+to be known before the first element is written. Adam's comes from the largest value of the last write, kept beside the
+residual, and from a bound on what one step can add to it (:func:`largest_ratio`). Any other update's is that of the
+largest new value, which costs a pass before the writing one and asks nothing of the update (SGD's has no bound).
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +53,25 @@ class AdamScalars(NamedTuple):
     eps: float
     weight_decay: float
     decoupled: bool  # AdamW: decay acts on the weight; Adam: it is added to the gradient
+
+
+class LionScalars(NamedTuple):
+    """Scalars of a Lion step, each rounded to FP32 where it is used."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+
+
+class SgdScalars(NamedTuple):
+    """Scalars of an SGD step, each rounded to FP32 where it is used."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
 
 
 class Residual(NamedTuple):
@@ -140,9 +161,12 @@ def largest_ratio(scalars: AdamScalars, step: int) -> float:
     return min(MAX_RATIO, (1 - s.beta1) / (1 - s.beta2) ** 0.5 * total**0.5)
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """One fused Adam step of every row in place: dequantize, :func:`adam_update`, requantize with scales from the new
-    values; then the row's copy from what is stored."""
+    values; then the row's copy from what is stored. Where ``bad``, FP32 (1,) beside the rows, is not zero, nothing is
+    written: so a step is left out that the host does not know yet to be wrong."""
+    if is_bad(bad):
+        return
     for row in rows:
         first, second = row.states
         g, m, v = (dequantize(t.payload, t.scale_inv, t.block, torch.float32) for t in (row.grad, first, second))
@@ -167,6 +191,70 @@ def bounds(scalars: AdamScalars, step: int, ratio: float) -> tuple[float, float]
     """(growth, increase): no value of a step exceeds ``growth`` times the largest of the one before + ``increase``."""
     kept = max(1.0, abs(1 - scalars.lr * scalars.weight_decay)) if scalars.decoupled else 1.0
     return kept + SLACK, corrected(scalars, step)[0] * ratio * (1 + SLACK)
+
+
+# --- updates with one state, a momentum -------------------------------------------------------------------------------
+
+
+def lion_update(param: Tensor, grad: Tensor, momentum: Tensor, scalars: LionScalars, step: int) -> list[Tensor]:
+    """w = w (1 - lr decay) - lr sign(beta1 m + (1 - beta1) g);  m = beta2 m + (1 - beta2) g. The sign of NaN is 0.
+
+    Reference: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, arXiv:2302.06675.
+    """
+    s = scalars
+    direction = (momentum * s.beta1 + grad * (1 - s.beta1)).sign()
+    return [param * (1 - s.lr * s.weight_decay) - direction * s.lr, momentum * s.beta2 + grad * (1 - s.beta2)]
+
+
+def sgd_update(param: Tensor, grad: Tensor, momentum: Tensor, scalars: SgdScalars, step: int) -> list[Tensor]:
+    """b = momentum b + (1 - dampening) g (b = g at step 1);  w = w - lr (g + momentum b if nesterov else b).
+
+    Reference: Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum in deep learning",
+    ICML 2013.
+    """
+    s = scalars
+    if s.weight_decay != 0:
+        grad = grad + param * s.weight_decay
+    if s.momentum == 0:
+        return [param - grad * s.lr, momentum]
+    momentum = grad if step == 1 else momentum * s.momentum + grad * (1 - s.dampening)
+    direction = grad + momentum * s.momentum if s.nesterov else momentum
+    return [param - direction * s.lr, momentum]
+
+
+def lion_steps_(rows: Sequence[Row], scalars: LionScalars, bad: Tensor | None = None) -> None:
+    """One fused Lion step of every row in place; see :func:`steps_`."""
+    steps_(rows, functools.partial(lion_update, scalars=scalars), bad)
+
+
+def sgd_steps_(rows: Sequence[Row], scalars: SgdScalars, bad: Tensor | None = None) -> None:
+    """One fused SGD step of every row in place; see :func:`steps_`."""
+    steps_(rows, functools.partial(sgd_update, scalars=scalars), bad)
+
+
+def steps_(rows: Sequence[Row], update: Callable[..., list[Tensor]], bad: Tensor | None = None) -> None:
+    """Dequantize, ``update(param, grad, *states, step=step)``, requantize with scales from the new values; then the
+    row's copy from what is stored. Where ``bad``, FP32 (1,) beside the rows, is not zero, nothing is written."""
+    if is_bad(bad):
+        return
+    for row in rows:
+        grad, *states = (dequantize(*operand[:3], torch.float32) for operand in (row.grad, *row.states))
+        if row.residual is None:
+            new, *states = update(dequantize(*row.param[:3], torch.float32), grad, *states, step=row.step)
+            store_(row.param, new)
+        else:
+            old = dequantize_with_residual(row.param, row.residual.payload)
+            new, *states = update(old, grad, *states, step=row.step)
+            store_with_residual_(row.param, row.residual, new, amax(new, WHOLE))
+        for operand, value in zip(row.states, states, strict=True):
+            store_(operand, value)
+        if row.copy is not None:
+            store_(row.copy, dequantize(*row.param[:3], torch.float32))
+
+
+def is_bad(bad: Tensor | None) -> bool:
+    """Whether a step is to write nothing; reads the tensor on the host."""
+    return bad is not None and bool(bad)
 
 
 # --- a master in two parts ------------------------------------------------------------------------------------------

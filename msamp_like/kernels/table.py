@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
@@ -17,6 +17,12 @@ SCHEMA = (
     " Tensor(g!)[] residuals, Tensor(h!)[] residual_amaxes, SymInt[] layout"
 )
 """The arguments of an op that takes a table: what :class:`Flat` holds."""
+
+
+def schema(name: str, scalars: type[tuple[Any, ...]]) -> str:
+    """Of the op that steps a table: its tensors, the fields of ``scalars``, and whether it is to write at all."""
+    fields = ", ".join(f"{kind.__name__} {field}" for field, kind in get_type_hints(scalars).items())
+    return f"{name}({SCHEMA}, {fields}, Tensor? bad=None) -> ()"
 
 
 class Flat(NamedTuple):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from msamp_like.formats import block_extent, format_of, matrix_shape
 from msamp_like.kernels import reference_updates
@@ -146,8 +147,10 @@ def _settle_kernel(
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def adam_steps_(rows: Sequence[Row], scalars: AdamScalars) -> None:
+def adam_steps_(rows: Sequence[Row], scalars: AdamScalars, bad: Tensor | None = None) -> None:
     """``reference_updates.adam_steps_``; rows that one pass cannot take go to the reference itself."""
+    if bad is not None and bool(bad):
+        return
     for row in rows:
         if row.param.payload.numel():
             _adam_step_(row, scalars)
