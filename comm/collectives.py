@@ -32,7 +32,7 @@ from msamp_like.comm.group import CountedGroup
 from msamp_like.formats import ROW
 from msamp_like.policy import Rule
 from msamp_like.scaling import quantize
-from msamp_like.tensor import ScalingTensor, real
+from msamp_like.tensor import ScalingTensor
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
@@ -140,7 +140,7 @@ def stored_as(tensor: Tensor, rule: Rule) -> ScalingTensor:
     """``tensor`` as the rule stores it: itself where it is so already, else rounded once."""
     if isinstance(tensor, ScalingTensor) and tensor.format is rule.format and tensor.block == rule.block:
         return tensor
-    return quantize(real(tensor), rule)
+    return quantize(tensor, rule)
 
 
 def all_reduce_fp8(tensors: Sequence[Tensor], rule: Rule, group: CountedGroup | None = None) -> list[ScalingTensor]:

@@ -20,19 +20,23 @@ from torch import Tensor
 from msamp_like import kernels
 from msamp_like.formats import BF16, WHOLE
 from msamp_like.host_copy import HostCopy
-from msamp_like.kernels import Noise, Operand
+from msamp_like.kernels import Noise, Operand, fused
 from msamp_like.policy import Rule
-from msamp_like.tensor import ScalingTensor, unscaled
+from msamp_like.tensor import ScalingTensor, real, unscaled
 
 
 def quantize(x: Tensor, rule: Rule, noise: Noise | None = None) -> ScalingTensor:
-    """A plain tensor as the rule stores it, scales from the tensor itself; outer dtype is ``x.dtype``.
+    """A plain or stored tensor as the rule stores it, scales from its values; outer dtype is ``x.dtype``.
 
     A non-finite value flags its block through ``scale_inv``; in BF16 and FP32, which have no scale, it stays in the
     payload.
     """
+    if isinstance(x, ScalingTensor) and rule.format.scaled and noise is None:
+        made = fused.requantize(x.operand, rule.format, rule.block, rule.margin, rule.power_of_two)
+        return ScalingTensor(*made, rule.block, x.dtype)
+    dtype, x = x.dtype, real(x) if isinstance(x, ScalingTensor) else x
     if not rule.format.scaled:
-        return unscaled(x.to(rule.format.dtype), x.dtype)
+        return unscaled(x.to(rule.format.dtype), dtype)
     if noise is None:
         payload, scale_inv, _ = kernels.quantize_current(
             x.contiguous(), rule.format, rule.block, rule.margin, rule.power_of_two
@@ -41,7 +45,7 @@ def quantize(x: Tensor, rule: Rule, noise: Noise | None = None) -> ScalingTensor
         amax = kernels.amax(x.contiguous(), rule.block)
         scale_inv = kernels.scale_inv_from_amax(amax, rule.format, rule.margin, rule.power_of_two)
         payload = kernels.quantize(x.contiguous(), scale_inv, rule.format, rule.block, noise)
-    return ScalingTensor(payload, scale_inv, rule.block, x.dtype)
+    return ScalingTensor(payload, scale_inv, rule.block, dtype)
 
 
 class Scaler(torch.nn.Module):

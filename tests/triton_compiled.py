@@ -14,23 +14,36 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from msamp_like.kernels import triton_both, triton_casts, triton_fused, triton_products, triton_softmax, triton_steps
+from msamp_like.kernels import (
+    triton_both,
+    triton_casts,
+    triton_fused,
+    triton_products,
+    triton_softmax,
+    triton_steps,
+    triton_sums,
+)
 from msamp_like.kernels.triton_table import CHOICE, Combination
 
 _TILE = {"PADDED": 128, "ELEMENTS": 128, "GROUP": 16, "TILES": 1}
-_CURRENT = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": False}
+_CURRENT = {"X_FORMAT": "bf16", "SCALED": True, "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": False}
 _NOISY = {"X_FORMAT": "fp32", "FORMAT": "fp16", "NOISY": True, "LOWER_HALF": True, "WITH_AMAX": True, "SINGLE": True}
 _DEQUANTIZE = {"FORMAT": "e4m3", "X_FORMAT": "bf16", "SINGLE": False}
 _SCALES = {"scale_inv": "*fp32", "amax": "*i32"}
+_SOURCE = {"x_scale_inv": "*fp32"}
+_SUM = {"FORMAT": "bf16", "ELEMENTS": 4096}
+_SUM_POINTERS = {"total": "*i16", "total_scale_inv": "*fp32", "addend": "*i16", "addend_scale_inv": "*fp32"}
 _BOTH = {"X_FORMAT": "bf16", "FORMAT": "e4m3", "MARGIN": 0, "POWER_OF_TWO": True, "RUN": 32, "SQUARE": 128}
 _BOTH_POINTERS = {"x": "*i16", "payload": "*u8", "scale_inv": "*fp32", "crossed": "*u8", "crossed_scale_inv": "*fp32"}
 _PRODUCT = {"A_FORMAT": "e5m2", "B_FORMAT": "e4m3", "FORMAT": "bf16", "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
 _PRODUCT_POINTERS = {"a": "*u8", "a_scale_inv": "*fp32", "b": "*u8", "b_scale_inv": "*fp32", "product": "*i16"}
 _KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
-    (triton_casts._quantize_current_kernel, {"x": "*i16", "payload": "*u8", **_SCALES}, _CURRENT | _TILE),
+    (triton_casts._quantize_current_kernel, {"x": "*i16", "payload": "*u8", **_SCALES, **_SOURCE}, _CURRENT | _TILE),
     (triton_casts._quantize_kernel, {"x": "*i32", "payload": "*i16", **_SCALES}, _NOISY | _TILE),
     (triton_casts._dequantize_kernel, {"payload": "*u8", "scale_inv": "*fp32", "x": "*i16"}, _DEQUANTIZE | _TILE),
     (triton_both._both_kernel, _BOTH_POINTERS, _BOTH),
+    (triton_sums._accumulate_kernel, {**_SUM_POINTERS, "amax": "*i32"}, {**_SUM, "ADDEND_FORMAT": "bf16"}),
+    (triton_sums._settle_kernel, {**_SUM_POINTERS, "amax": "*i32"}, _SUM),
     (triton_products._product_kernel, _PRODUCT_POINTERS, _PRODUCT),
 ]
 _ROW = {"GROUPS": 8, "BLOCK": 128}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msamp_like.kernels import reference_fused, triton_fused, triton_softmax
+from msamp_like.kernels import reference_fused, triton_casts, triton_fused, triton_softmax, triton_sums
 from msamp_like.kernels.fused import KINDS, Grouped, Target
 from msamp_like.kernels.reference import Operand
 from tests.closeness import same_bits
+from tests.test_accumulation import assert_requantized, assert_sums_agree
 from tests.test_fused import E4M3, E5M2, GROUP, KEPT, TARGETS, close, data, floor, kept
 
 BOTH = triton_fused, reference_fused
@@ -81,3 +82,8 @@ def test_cases_without_a_fast_path():
     for grouped in (Grouped(E4M3, (1, 48)), Grouped(E4M3, (2, 32))):
         made = [k.activation_quantize(x, x, "gelu", Target(torch.float32), grouped) for k in BOTH]
         assert all(same_bits(a, b) for pair in zip(*made, strict=True) for a, b in zip(*pair, strict=True))
+
+
+def test_sums():
+    assert_sums_agree(triton_sums.accumulate_)
+    assert_requantized(triton_casts.requantize)

@@ -155,7 +155,7 @@ def _rounds_first(parameter: Tensor, rule: Rule, scattered: bool) -> Callable[[T
             held.replace_(unscaled(real(held, torch.bfloat16), held.dtype))
         if held is not None or (isinstance(grad, ScalingTensor) and grad.format == rule.format):
             return grad
-        stored = quantize(real(grad), rule)
+        stored = quantize(grad, rule)
         made = ScalingTensor(stored.payload, stored.scale_inv, stored.block, grad.dtype)
         made.scattered = scattered
         return made

@@ -275,8 +275,27 @@ static void softmax_backward_rows(const SoftmaxBackward& softmax, int64_t low, i
     }
 }
 
-static const FusedKernels FUSED = {norm_rows,    norm_backward_rows,   activation_pieces, activation_backward_pieces,
-                                   softmax_rows, softmax_backward_rows};
+// --- sums -------------------------------------------------------------------------------------------------------------
+
+// Elements [low, high), TILE at a time in the cache; raises `amax` to that of the FP32 sums.
+static void accumulate_range(const Sum& sum, int64_t low, int64_t high, uint32_t* amax) {
+    alignas(64) float total[TILE] = {0}, addend[TILE] = {0};
+    const auto place = [](const Written& s, int64_t start) { return s.payload + start * SIZE[s.type]; };
+    const auto read = [&](const Written& s, int64_t start, int64_t n, float* to) {
+        DECODERS[s.type][FP32](place(s, start), (uint8_t*)to, n, *s.scale_inv);
+    };
+    for (int64_t start = low; start < high; start += TILE) {
+        const int64_t n = high - start < TILE ? high - start : TILE;
+        read(sum.total, start, n, total);
+        read(sum.addend, start, n, addend);
+        for (int64_t i = 0; i < n; i += LANES) store(total + i, load<F>(total + i) + load<F>(addend + i));
+        raise_to(amax, ENCODERS[FP32][sum.total.type][WITH_AMAX]((uint8_t*)total, place(sum.total, start), n, 1.0f,
+                                                                 start, nullptr));
+    }
+}
+
+static const FusedKernels FUSED = {norm_rows,    norm_backward_rows,    activation_pieces, activation_backward_pieces,
+                                   softmax_rows, softmax_backward_rows, accumulate_range};
 
 #undef INLINE
 }  // namespace ISA

@@ -3,7 +3,7 @@
 Payloads and scales are those of the reference on the same FP32 values. Those values differ in their last bits: the sums
 over a row run in vectors, exp and the normal distribution are polynomials, and a column's gradient is summed in 16
 parts of the rows, whatever the number of threads. Where a case has no fast path (float64, groups whose size does not
-divide 2048) the reference itself is called.
+divide 2048) the reference itself is called. A sum of two stored tensors is the reference's to the bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msamp_like.formats import WHOLE, grid_shape
+from msamp_like.formats import BF16, FP32, WHOLE, Block, Format, grid_shape
 from msamp_like.kernels import cpu, reference_fused
 from msamp_like.kernels.reference import Operand
 from msamp_like.kernels.reference_fused import KINDS, Grouped, Kept, Stored, Target
@@ -86,6 +86,10 @@ class _SoftmaxBackward(ctypes.Structure):
         *((name, _POINTER) for name in ("targets", "grad")),
         ("columns", _INT64),
     ]
+
+
+class _Sum(ctypes.Structure):
+    _fields_ = [(name, _Written) for name in ("total", "addend")]
 
 
 @functools.cache
@@ -246,3 +250,24 @@ def softmax_backward(kept: Operand, targets: Tensor, grad: Tensor, dtype: torch.
     arguments = _SoftmaxBackward(_read(kept), target, targets.data_ptr(), grad.data_ptr(), columns)
     _call("msamp_softmax_backward", arguments, kept.payload.shape[0])
     return made.payload
+
+
+def accumulate_(total: Operand, addend: Operand) -> None:
+    """See :func:`.reference_fused.accumulate_`."""
+    unscaled = total.payload.dtype in (BF16.dtype, FP32.dtype) and total.payload.is_contiguous()
+    single = total.scale_inv.numel() == addend.scale_inv.numel() == 1 and total.payload.numel() > 0
+    if not (unscaled and single) or addend.payload.dtype not in cpu.TYPES:
+        reference_fused.accumulate_(total, addend)
+        return
+    _call("msamp_accumulate", _Sum(_read(total), _read(addend)), total.payload.numel())
+
+
+def requantize(
+    source: Operand, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor]:
+    """See :func:`.reference_fused.requantize`."""
+    plain = source.payload.dtype in cpu._REAL_DTYPES and source.scale_inv.numel() == 1
+    if plain and float(source.scale_inv) == 1.0:
+        return cpu.quantize_current(source.payload, format, block, margin, power_of_two)[:2]
+    values = cpu.dequantize(*source[:3], torch.float32)
+    return cpu.quantize_current(values, format, block, margin, power_of_two)[:2]

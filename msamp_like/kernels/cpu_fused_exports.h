@@ -70,3 +70,13 @@ EXPORT void msamp_softmax_backward(const SoftmaxBackward* softmax, int64_t rows,
     over_rows(rows, softmax->columns, 1, threads,
               [&](int64_t low, int64_t high, float* work) { fused(simd).softmax_backward(*softmax, low, high, work); });
 }
+
+// The scale becomes 1, or the flag of a sum that is not finite. It is read until the last element is written.
+EXPORT void msamp_accumulate(const Sum* sum, int64_t numel, int simd, int threads) {
+    const Written& total = sum->total;
+    uint32_t amax = 0;
+    in_parallel(numel, numel, TILE, threads,
+                [&](int64_t low, int64_t high) { fused(simd).accumulate(*sum, low, high, &amax); });
+    *total.scale_inv = finite(amax) ? 1.0f : float_of(INFINITE);
+    if (!finite(amax)) memset(total.payload, 0, numel * SIZE[total.type]);
+}

@@ -59,6 +59,11 @@ struct SoftmaxBackward {
     int64_t columns;
 };
 
+// One scale each, `how` and `block` are not read.
+struct Sum {
+    Written total, addend;
+};
+
 struct FusedKernels {
     void (*norm)(const Norm&, int64_t, int64_t, float*);
     void (*norm_backward)(const NormBackward&, int64_t, int64_t, float*, float*, float*);
@@ -66,4 +71,5 @@ struct FusedKernels {
     void (*activation_backward)(const ActivationBackward&, int64_t, int64_t);
     void (*softmax)(const Softmax&, int64_t, int64_t, float*);
     void (*softmax_backward)(const SoftmaxBackward&, int64_t, int64_t, float*);
+    void (*accumulate)(const Sum&, int64_t, int64_t, uint32_t*);
 };

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msamp_like.formats import Block, format_of, grid_shape
+from msamp_like.formats import Block, Format, format_of, grid_shape
 from msamp_like.kernels import cpu, cpu_fused, reference_fused
 from msamp_like.kernels.reference import Operand
 from msamp_like.kernels.reference_fused import KINDS, Grouped, Kept, Stored, Target
@@ -27,10 +27,12 @@ __all__ = [
     "Kept",
     "Stored",
     "Target",
+    "accumulate_",
     "activation_backward",
     "activation_quantize",
     "norm_backward",
     "norm_quantize",
+    "requantize",
     "softmax_backward",
     "softmax_quantize",
 ]
@@ -49,6 +51,10 @@ _SCHEMAS = (
     f"softmax_quantize(Tensor logits, {_KEPT}) -> (Tensor, Tensor, Tensor)",
     "softmax_backward(Tensor payload, Tensor scale_inv, int[2] block, Tensor targets, Tensor grad, ScalarType dtype)"
     " -> Tensor",
+    "accumulate_(Tensor(a!) total, Tensor(b!) total_scale_inv, int[2] total_block,"
+    " Tensor addend, Tensor addend_scale_inv, int[2] addend_block) -> ()",
+    "requantize(Tensor source, Tensor source_scale_inv, int[2] source_block, ScalarType dtype, int[2] block,"
+    " int margin, bool power_of_two) -> (Tensor, Tensor)",
 )
 
 _LIBRARY = torch.library.Library("msamp_like", "FRAGMENT")
@@ -103,6 +109,18 @@ def softmax_backward(kept: Operand, targets: Tensor, grad: Tensor, dtype: torch.
     return _OPS.softmax_backward.default(*kept[:3], targets, grad, dtype)
 
 
+def accumulate_(total: Operand, addend: Operand) -> None:
+    """See :func:`.reference_fused.accumulate_`."""
+    _OPS.accumulate_.default(*total[:3], *addend[:3])
+
+
+def requantize(
+    source: Operand, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor]:
+    """See :func:`.reference_fused.requantize`."""
+    return _OPS.requantize.default(*source[:3], format.dtype, block, margin, power_of_two)
+
+
 # --- which twin -----------------------------------------------------------------------------------------------------
 
 
@@ -115,8 +133,13 @@ def _on_cuda(name: str) -> ModuleType:
     """The file that holds a function's CUDA twin, imported when the first CUDA tensor arrives."""
     if importlib.util.find_spec("triton") is None:
         return reference_fused
-    file = "triton_softmax" if name.startswith("softmax") else "triton_fused"
-    return importlib.import_module(f"msamp_like.kernels.{file}")
+    files = {
+        "softmax_quantize": "triton_softmax",
+        "softmax_backward": "triton_softmax",
+        "accumulate_": "triton_sums",
+        "requantize": "triton_casts",
+    }
+    return importlib.import_module(f"msamp_like.kernels.{files.get(name, 'triton_fused')}")
 
 
 def _elsewhere(name: str) -> ModuleType:
@@ -168,6 +191,18 @@ class _Device:
         targets, grad, dtype = rest
         kept = _operand(payload, scale_inv, block)
         return self.pick("softmax_backward").softmax_backward(kept, targets.contiguous(), grad.contiguous(), dtype)
+
+    def accumulate_(self, payload: Tensor, scale_inv: Tensor, block: list[int], *addend: Any) -> None:
+        total = Operand(payload, scale_inv, _block(block))  # as it is: this is where the sum goes
+        self.pick("accumulate_").accumulate_(total, _operand(*addend))
+
+    def requantize(
+        self, source: Tensor, source_scale_inv: Tensor, source_block: list[int], dtype: torch.dtype,
+        block: list[int], *rule: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        stored = _operand(source, source_scale_inv, source_block)
+        made: tuple[Tensor, Tensor] = self.pick("requantize").requantize(stored, format_of(dtype), _block(block), *rule)
+        return made
 
 
 def _block(block: list[int]) -> Block:
@@ -239,6 +274,10 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         *_empty_kept(logits, dtype, block),
     ),
     "softmax_backward": lambda payload, scale_inv, block, targets, grad, dtype: _empty(payload, payload.shape, dtype),
+    "accumulate_": lambda *arguments: None,
+    "requantize": lambda source, scale_inv, source_block, dtype, block, margin, power_of_two: _empty_kept(
+        source, dtype, block
+    ),
 }
 
 for _name, _shape in _SHAPES.items():

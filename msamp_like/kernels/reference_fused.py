@@ -1,4 +1,4 @@
-"""Definitions of the fused kernels: a norm, an activation or a softmax together with the casts of what leaves it.
+"""Definitions of the fused kernels: a norm, activation, softmax or sum together with the casts of what leaves it.
 
 Each reads its input once, and writes the result (as it is, or quantized for the product that reads it) and what
 backward keeps of it, quantized in groups. The casts are those of :mod:`.reference`, so payload and scales are bit-equal
@@ -27,6 +27,33 @@ from msamp_like.kernels.reference import Operand
 KINDS = ("gelu", "gelu_tanh", "silu")
 _ELEMENTS_AT_A_TIME = 1 << 20
 """A softmax works on this many logits at a time: its FP32 values never exist all at once."""
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+def accumulate_(total: Operand, addend: Operand) -> None:
+    """Add one stored tensor to another in place: the FP32 sum of the real values, rounded once as ``total`` is stored.
+
+    A twin reads both and writes ``total``, and makes no tensor, where ``total`` is BF16 or FP32 and both have one
+    scale: the sum of gradients over micro-batches.
+    """
+    values = reference.dequantize(*total[:3], torch.float32) + reference.dequantize(*addend[:3], torch.float32)
+    reference.store_(total, values)
+
+
+def requantize(
+    source: Operand, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.quantize_current` of the real values of a stored tensor: (payload, scale_inv).
+
+    A twin makes no FP32 tensor of them where ``source`` has one scale (on CPU: the scale 1).
+    """
+    values = reference.dequantize(*source[:3], torch.float32)
+    return reference.quantize_current(values, format, block, margin, power_of_two)[:2]
+
+
+# --- norms, activations, softmax --------------------------------------------------------------------------------------
 
 
 class Target(NamedTuple):

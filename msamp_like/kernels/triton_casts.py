@@ -44,6 +44,15 @@ _KNOWN_DTYPES = tuple(format.dtype for format in FORMATS.values())
 
 
 @triton.jit
+def _values(x, x_scale_inv, offsets, inside, X_FORMAT: tl.constexpr, SCALED: tl.constexpr):
+    """FP32 values to cast; SCALED: ``x`` is itself stored, with one scale."""
+    values = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
+    if SCALED:
+        values = values * tl.load(x_scale_inv)
+    return values
+
+
+@triton.jit
 def _store_amax(amax, largest, blocks, exists, SINGLE: tl.constexpr):
     """Bits of each block's amax; with one scale for all, programs meet in one atomic maximum."""
     if SINGLE:
@@ -54,8 +63,8 @@ def _store_amax(amax, largest, blocks, exists, SINGLE: tl.constexpr):
 
 @triton.jit
 def _amax_kernel(
-    x, amax, rows, columns, block_rows, block_columns,
-    X_FORMAT: tl.constexpr, SINGLE: tl.constexpr,
+    x, x_scale_inv, amax, rows, columns, block_rows, block_columns,
+    X_FORMAT: tl.constexpr, SCALED: tl.constexpr, SINGLE: tl.constexpr,
     PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
@@ -64,7 +73,7 @@ def _amax_kernel(
     for index in range(TILES):
         elements = index * ELEMENTS + tl.arange(0, ELEMENTS)
         offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
-        value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
+        value = _values(x, x_scale_inv, offsets, inside, X_FORMAT, SCALED)
         largest = tl.maximum(largest, tl.max(magnitude_bits(value), axis=1))
     _store_amax(amax, largest, blocks, exists, SINGLE)
 
@@ -96,8 +105,9 @@ def _quantize_kernel(
 
 @triton.jit
 def _quantize_current_kernel(
-    x, payload, scale_inv, amax, rows, columns, block_rows, block_columns,
-    X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, MARGIN: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    x, x_scale_inv, payload, scale_inv, amax, rows, columns, block_rows, block_columns,
+    X_FORMAT: tl.constexpr, SCALED: tl.constexpr,
+    FORMAT: tl.constexpr, MARGIN: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """amax, scale and payload of blocks that no two programs share; a block of one tile stays in registers."""
@@ -106,14 +116,14 @@ def _quantize_current_kernel(
     if TILES == 1:
         elements = tl.arange(0, ELEMENTS)
         offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
-        value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
+        value = _values(x, x_scale_inv, offsets, inside, X_FORMAT, SCALED)
         largest = tl.max(magnitude_bits(value), axis=1)
     else:
         largest = tl.zeros((GROUP,), tl.int32)
         for index in range(TILES):
             elements = index * ELEMENTS + tl.arange(0, ELEMENTS)
             offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
-            value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
+            value = _values(x, x_scale_inv, offsets, inside, X_FORMAT, SCALED)
             largest = tl.maximum(largest, tl.max(magnitude_bits(value), axis=1))
     scales = scale_inv_of(largest, FORMAT, MARGIN, POWER_OF_TWO)
     tl.store(amax + blocks, largest, mask=exists)
@@ -124,21 +134,22 @@ def _quantize_current_kernel(
         for index in range(TILES):
             elements = index * ELEMENTS + tl.arange(0, ELEMENTS)
             offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
-            value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
+            value = _values(x, x_scale_inv, offsets, inside, X_FORMAT, SCALED)
             tl.store(payload + offsets, encode(scale_down(value, scales), 0, FORMAT, False), mask=inside)
 
 
 @triton.jit
 def _quantize_from_amax_kernel(
-    x, payload, scale_inv, amax, rows, columns, block_rows, block_columns,
-    X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, MARGIN: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    x, x_scale_inv, payload, scale_inv, amax, rows, columns, block_rows, block_columns,
+    X_FORMAT: tl.constexpr, SCALED: tl.constexpr,
+    FORMAT: tl.constexpr, MARGIN: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     PADDED: tl.constexpr, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Second pass of one scale a tensor: every program finds the same scale from the one amax, the first stores it."""
     blocks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     elements = tl.arange(0, ELEMENTS)
     offsets, inside = block_offsets(blocks, elements, rows, columns, block_rows, block_columns, PADDED)
-    value = decode(tl.load(x + offsets, mask=inside, other=0), X_FORMAT)
+    value = _values(x, x_scale_inv, offsets, inside, X_FORMAT, SCALED)
     scales = scale_inv_of(tl.load(amax + blocks * 0), FORMAT, MARGIN, POWER_OF_TWO)
     tl.store(scale_inv + blocks, scales, mask=blocks == 0)
     tl.store(payload + offsets, encode(scale_down(value, scales), 0, FORMAT, False), mask=inside)
@@ -181,14 +192,19 @@ def _readable(x: Tensor) -> Tensor:
 
 def amax(x: Tensor, block: Block) -> Tensor:
     """See :func:`.reference.amax`."""
+    return _amax(x, block, None)
+
+
+def _amax(x: Tensor, block: Block, x_scale_inv: Tensor | None) -> Tensor:
     x = _readable(x)
     tiling = tile(x.shape, block)
     # Zeros, because programs that share a scale meet in an atomic maximum, and because an empty tensor has amax 0.
     largest = torch.zeros(grid_shape(x.shape, block), dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         launch(
-            _amax_kernel, x, tiling.num_programs, raw(x), raw(largest), *tiling.matrix,
-            X_FORMAT=format_of(x.dtype).name, SINGLE=tiling.single, **tiling.options(),
+            _amax_kernel, x, tiling.num_programs, raw(x), x_scale_inv, raw(largest), *tiling.matrix,
+            X_FORMAT=format_of(x.dtype).name, SCALED=x_scale_inv is not None, SINGLE=tiling.single,
+            **tiling.options(),
         )  # fmt: skip
     return largest
 
@@ -230,6 +246,20 @@ def quantize_current(
     return payload, scale_inv, largest
 
 
+def requantize(
+    source: Operand, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
+) -> tuple[Tensor, Tensor]:
+    """See :func:`.reference_fused.requantize`; its FP32 values stay in registers where they have one scale."""
+    x, x_scale_inv = source.payload, source.scale_inv
+    if x_scale_inv.numel() > 1:
+        values = dequantize(x, x_scale_inv, source.block, torch.float32)
+        return quantize_current(values, format, block, margin, power_of_two)[:2]
+    payload = torch.empty(x.shape, dtype=format.dtype, device=x.device)
+    scale_inv = torch.ones(grid_shape(x.shape, block), dtype=torch.float32, device=x.device)
+    _quantize_current_into(payload, scale_inv, x, block, margin, power_of_two, x_scale_inv)
+    return payload, scale_inv
+
+
 def store_(target: Operand, value: Tensor) -> None:
     """See :func:`.reference.store_`; ``target`` is contiguous."""
     if target.noise is None:
@@ -260,20 +290,27 @@ def _quantize_into(
 
 
 def _quantize_current_into(
-    payload: Tensor, scale_inv: Tensor, x: Tensor, block: Block, margin: int, power_of_two: bool
+    payload: Tensor,
+    scale_inv: Tensor,
+    x: Tensor,
+    block: Block,
+    margin: int,
+    power_of_two: bool,
+    x_scale_inv: Tensor | None = None,
 ) -> Tensor:
     """Writes payload and scales; returns amax."""
     x, tiling = _readable(x), tile(x.shape, block)
     constants: dict[str, Any] = {"X_FORMAT": format_of(x.dtype).name, "FORMAT": format_of(payload.dtype).name}
-    constants |= {"MARGIN": margin, "POWER_OF_TWO": power_of_two, **tiling.options()}
+    constants |= {"MARGIN": margin, "POWER_OF_TWO": power_of_two, "SCALED": x_scale_inv is not None}
+    constants |= tiling.options()
     if tiling.single or x.numel() == 0:
-        largest = amax(x, block)
+        largest = _amax(x, block, x_scale_inv)
         kernel = _quantize_from_amax_kernel
     else:
         largest = torch.empty_like(scale_inv)
         kernel = _quantize_current_kernel
     if x.numel() > 0:
-        arguments = raw(x), raw(payload), scale_inv, raw(largest), *tiling.matrix
+        arguments = raw(x), x_scale_inv, raw(payload), scale_inv, raw(largest), *tiling.matrix
         launch(kernel, x, tiling.num_programs, *arguments, **constants)
     return largest
 

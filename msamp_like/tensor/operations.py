@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msamp_like import kernels
 from msamp_like.formats import BF16
+from msamp_like.kernels import fused
 from msamp_like.tensor.scaling_tensor import OPERATIONS, ScalingTensor, norm, real, unscaled
 
 aten = torch.ops.aten
@@ -177,7 +178,13 @@ def _add(a: Tensor, b: Tensor, alpha: float = 1) -> ScalingTensor:
 def _add_(target: Tensor, other: Tensor, alpha: float = 1) -> Tensor:
     if not isinstance(target, ScalingTensor):
         return target.add_(real(other, target.dtype), alpha=alpha)
-    return target.store_(real(target) + real(other).to(target.device) * alpha)
+    alike = isinstance(other, ScalingTensor) and other.shape == target.shape and other.device == target.device
+    if not alike or alpha != 1:
+        return target.store_(real(target) + real(other).to(target.device) * alpha)
+    fused.accumulate_(target.operand, other.operand)  # type: ignore[attr-defined]
+    target.agreed = False
+    target.drop_casts()
+    return target
 
 
 @_defines(aten.lerp_.Scalar)
