@@ -20,14 +20,29 @@ ROOT = Path(__file__).parents[1]
 INEXACT = re.compile(r"\bfma\.|\.ftz\b|\bdiv\.(full|approx)|\bsqrt\.approx|\brcp\.approx")
 
 
+@pytest.fixture(scope="module")
+def interpreters(request, tmp_path_factory):
+    """A process for each file that was asked for, all at once: they are what the suite waits for longest. None of them
+    could be this one: whether a kernel is interpreted is settled when it is defined."""
+    environment, running = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, {}
+    for item in request.session.items:
+        if getattr(item, "function", None) is test_logic_in_the_interpreter:
+            file = item.callspec.params["file"]
+            said = tmp_path_factory.mktemp("interpreted") / f"{file}.txt"
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}.py"]
+            with said.open("w") as out:
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+            running[file] = process, said
+    yield running
+    for process, _ in running.values():
+        process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["triton_interpreted", "triton_interpreted_fused", "triton_interpreted_steps"])
-def test_logic_in_the_interpreter(file):
-    """A process of their own: whether a kernel is interpreted is settled when it is defined."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+def test_logic_in_the_interpreter(file, interpreters):
+    process, said = interpreters[file]
+    assert process.wait() == 0, said.read_text()[-10000:]
 
 
 @pytest.mark.slow
