@@ -89,7 +89,8 @@ def quality(recipe: str, size: int, tokens: int) -> dict[str, list[float]]:
     rows = {}
     for name, sizes in (("even", torch.ones(tokens)), ("uneven", torch.exp2(torch.linspace(-12, 12, tokens)))):
         model = layer(recipe, size, sizes)
-        weight = real(model[0].weight.detach(), torch.float64)  # type: ignore[arg-type]
+        stored: Any = model[0].weight
+        weight = real(stored.detach(), torch.float64)
         x, grad_output = drawn(sizes, size), drawn(sizes, size)
         exact = [x.double() @ weight.t(), grad_output.double() @ weight, grad_output.double().t() @ x.double()]
         part = slice(None) if name == "even" else slice(tokens // 8)

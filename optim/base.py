@@ -181,7 +181,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             plain = grad.payload if not grad.format.scaled else grad.dequantize(torch.float32)
             rounded = quantize(plain, rule)
             if not grad.format.scaled:
-                rounded.scale_inv.mul_(grad.scale_inv)  # 1, or the flag of a gradient that is not finite
+                rounded.scale_inv.mul_(grad.scale_inv)  # 1, what clipping made of it, or the flag
             grad.replace_(rounded)
         return grad.scale_inv if grad.format.scaled else kernels.amax(grad.payload, WHOLE) * grad.scale_inv
 
@@ -197,10 +197,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                 outcome.counts(self.state[param])
         for device, rows in tables.items():
             bad = None if outcome is None else outcome.on(device)
-            if self.fused_update(rows, group, bad) or (bad is not None and bool(bad)):
-                continue
-            for row in rows:
-                self._update_row(row, group)
+            if not self.fused_update(rows, group, bad):
+                kernels.steps_(rows, functools.partial(self._updated, group), bad)
         for rows in tables.values():
             # kernels write behind autograd's back, and a graph that has saved these must not go on with new values
             written = [part.payload for row in rows for part in (row.param, row.copy) if part is not None]
@@ -211,6 +209,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                 param.recorded = True
             elif master is not None and self._copy_of(param) is None:
                 param.copy_(master)
+
+    def _updated(self, group: Group, param: Tensor, grad: Tensor, *states: Tensor, step: int) -> list[Tensor]:
+        """:meth:`update` as kernels call it."""
+        return self.update(param, grad, list(states), group, step)
 
     def _row(self, param: Tensor, group: Group, index: int) -> Row:
         """The stored tensors of one parameter; counts the step."""
@@ -245,23 +247,6 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         if param.dtype not in (torch.bfloat16, torch.float32) or not param.is_contiguous():
             return None
         return Operand(param, torch.ones(1, 1, dtype=torch.float32, device=param.device), WHOLE)
-
-    def _update_row(self, row: Row, group: Group) -> None:
-        grad, old, *values = (
-            kernels.dequantize(o.payload, o.scale_inv, o.block, torch.float32)
-            for o in (row.grad, row.param, *row.states)
-        )
-        if row.residual is not None:
-            old = kernels.dequantize_with_residual(row.param, row.residual.payload)
-        new, *values = self.update(old, grad, values, group, row.step)
-        if row.residual is None:
-            kernels.store_(row.param, new)
-        else:
-            kernels.store_with_residual_(row.param, row.residual, new, kernels.amax(new, WHOLE))
-        for operand, value in zip(row.states, values, strict=True):
-            kernels.store_(operand, value)
-        if row.copy is not None:
-            kernels.store_(row.copy, kernels.dequantize(*row.param[:3], torch.float32))
 
     def _operand(self, tensor: Tensor, role: Role, beta: float | None, where: tuple[int, int] | None) -> Operand:
         """A state as kernels take it; ``where`` is (parameter, step) of a matrix, whose roles may round

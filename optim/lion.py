@@ -50,7 +50,5 @@ class Lion(LowPrecisionOptimizer):
         return kernels.lion_update(param, grad, states[0], self._scalars(group), step)
 
     def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
-        fuses = kernels.has_twin("lion_steps_", rows[0].param.payload.device)
-        if fuses:
-            kernels.lion_steps_(rows, self._scalars(group), bad)
-        return fuses
+        kernels.lion_steps_(rows, self._scalars(group), bad)
+        return True

@@ -26,13 +26,14 @@ class Outcome:
     def __init__(self, bad: Tensor, released: tuple[Tensor, int] | None = None) -> None:
         count, self._released = released or (bad.new_zeros(()), 0)
         self._counted: list[dict[str, Any]] = []
-        self._on = {bad.device: bad}
+        self._bad = bad
+        self._on: dict[torch.device, Tensor] = {}
         self._copy = HostCopy(torch.stack([bad[0], count.to(bad)]))
 
     def on(self, device: torch.device) -> Tensor:
         """``bad`` on a device that steps; the host's own kernels cannot but wait for it."""
         if device not in self._on:
-            self._on[device] = next(iter(self._on.values())).to(device)
+            self._on[device] = self._bad.to(device)
         return self._on[device]
 
     def counts(self, state: dict[str, Any]) -> None:

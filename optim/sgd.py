@@ -69,7 +69,5 @@ class SGD(LowPrecisionOptimizer):
         return kernels.sgd_update(param, grad, states[0], self._scalars(group), step)
 
     def fused_update(self, rows: Sequence[Row], group: Group, bad: Tensor | None) -> bool:
-        fuses = kernels.has_twin("sgd_steps_", rows[0].param.payload.device)
-        if fuses:
-            kernels.sgd_steps_(rows, self._scalars(group), bad)
-        return fuses
+        kernels.sgd_steps_(rows, self._scalars(group), bad)
+        return True

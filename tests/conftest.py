@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+from msamp_like.kernels import cpu
 from tests.distributed.ranks import RankPool
 
 # An example's time says what else the machine does, not whether the code is right.
@@ -28,6 +29,12 @@ def _seed():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=range(cpu.native().simd + 1) if cpu.available() else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
+def every_simd(request, monkeypatch):
+    """Each instruction set the processor has, though only the best one is used outside the tests."""
+    monkeypatch.setattr(cpu.native(), "simd", request.param)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, ROW, WHOLE
-from msamp_like.kernels import Noise, Operand, Row, reference
+from msamp_like.kernels import Noise, Operand, Row, cpu, reference
 
+needs_native = pytest.mark.skipif(not cpu.available(), reason=cpu.status().reason)
 NOISE = Noise(seed=2**40 + 3, tensor=5, step=2**31 + 7, role=1)
 BLOCKS = [WHOLE, ROW, (1, 128), (128, 128), (1, 32), (-1, 128), (2, 3)]
 REAL = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,23 +9,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from msamp_like import amp
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, ROW, WHOLE
-from msamp_like.kernels import cpu, cpu_fused, fused, reference, reference_fused
+from msamp_like.kernels import cpu_fused, fused, reference, reference_fused
 from msamp_like.kernels.reference import Operand
 from msamp_like.policy import O2, Role
 from msamp_like.scaling import quantize
 from msamp_like.tensor import real, unscaled
 from tests.closeness import same_bits
-from tests.operands import spread
+from tests.operands import needs_native, spread
 
-NATIVE = cpu.available()
 SHAPES = [(5, 1000), (3, 4, 33), (1,)]
 TINY = 2.0**-140
 
 
-@pytest.fixture(params=range(cpu.native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
-def twin(request, monkeypatch):
+@pytest.fixture
+def twin(every_simd):
     """The native kernels under every instruction set that this processor has."""
-    monkeypatch.setattr(cpu.native(), "simd", request.param)
     return cpu_fused
 
 
@@ -86,7 +84,7 @@ def assert_requantized(requantize):
                     assert all(same_bits(*pair) for pair in zip(*made, strict=True))
 
 
-@pytest.mark.skipif(not NATIVE, reason="the native kernels are not built")
+@needs_native
 def test_the_native_sum_is_the_definition(twin):
     assert_sums_agree(twin.accumulate_)
     assert_requantized(twin.requantize)
@@ -176,7 +174,7 @@ def allocated(run, numel):
     return sorted(size for size in sizes if size >= 1)  # what an operation freed of it is not in it
 
 
-@pytest.mark.skipif(not NATIVE, reason="the definition, which runs instead, makes FP32 tensors")
+@needs_native  # the definition, which runs instead, makes FP32 tensors
 def test_nothing_is_made_beside_a_product_and_the_sum():
     """Whole backward passes: the product (2 bytes an element) and what ``.grad`` holds next, which is E4M3 (1), then
     BF16 (2), then the same memory. The control adds as plain operations do."""

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from msamp_like.formats import E4M3, E5M2, WHOLE
-from msamp_like.kernels import cpu, cpu_fused, fused, reference, reference_fused
+from msamp_like.kernels import cpu_fused, fused, reference, reference_fused
 from msamp_like.kernels.fused import KINDS, Grouped, Target
 from msamp_like.kernels.reference import Operand
 from tests.closeness import same_bits, sqnr
+from tests.operands import needs_native
 
 GROUP = (1, 128)
 KEPT = Grouped(E4M3, GROUP)
-NATIVE = cpu.available()
 TARGETS = {
     "plain": lambda dtype: Target(dtype),
     "groups": lambda dtype: Target(E4M3.dtype, GROUP),
@@ -33,10 +33,9 @@ _TORCH = {
 }
 
 
-@pytest.fixture(params=range(cpu.native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
-def twin(request, monkeypatch):
+@pytest.fixture
+def twin(every_simd):
     """The native kernels under every instruction set that this processor has."""
-    monkeypatch.setattr(cpu.native(), "simd", request.param)
     return cpu_fused
 
 
@@ -146,7 +145,7 @@ def test_a_value_that_is_not_finite_flags_its_group_alone():
 # --- the twins ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not NATIVE, reason="the native kernels are not built")
+@needs_native
 class TestNative:
     @pytest.mark.parametrize("out", TARGETS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from msamp_like import amp
+from msamp_like import amp, optim
 from msamp_like.host_copy import HostCopy
 from msamp_like.nn import functional
 from msamp_like.optim import GradientRelease
@@ -62,6 +62,12 @@ def trained(optimizer=torch.optim.AdamW, clips=True, after=lambda model: None, *
 @pytest.mark.parametrize("level", ["O0", "O1", "O2", "lean"])
 def test_a_step_of_every_level(level):
     assert trained(level=level) == ([] if level == "O0" else [1])  # whether the histories are empty, once
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD, optim.Lion])
+def test_a_step_of_every_optimizer_with_a_kernel(optimizer):
+    assert trained(optimizer, level="O2") == [1]
 
 
 @pytest.mark.usefixtures("unreadable")

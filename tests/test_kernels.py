@@ -21,26 +21,19 @@ from torch import Tensor
 from msamp_like import kernels
 from msamp_like.formats import BF16, E4M3, E5M2, FNUZ, FORMATS, FP8_FORMATS, FP16, FP32, ROW, WHOLE, Block, Format
 from msamp_like.kernels import AdamScalars, Noise, Operand, Row, cpu, reference, reference_updates, table
-from tests.operands import row_of
+from tests.operands import needs_native, row_of
 
 NATIVE = cpu.available()
 TWINS = [
     pytest.param(reference, id="reference"),
-    pytest.param(cpu, id="native", marks=pytest.mark.skipif(not NATIVE, reason=cpu.status().reason)),
+    pytest.param(cpu, id="native", marks=needs_native),
 ]
-needs_native = pytest.mark.skipif(not NATIVE, reason=cpu.status().reason)
 REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS: tuple[Block, ...] = (WHOLE, ROW, (1, 128), (1, 16), (128, 128), (2, 3), (-1, 7))
 SHAPES = ((), (0,), (3, 0), (1,), (300,), (3, 5, 77), (130, 131))
 NOISE = Noise(seed=2**40 + 5, tensor=6, step=7, role=8)
 OTHER = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "fp16": np.float16}
 OTHER |= {"e4m3fnuz": ml_dtypes.float8_e4m3fnuz, "e5m2fnuz": ml_dtypes.float8_e5m2fnuz}
-
-
-@pytest.fixture(params=range(cpu.native().simd + 1) if NATIVE else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
-def every_simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each instruction set the processor has, though only the best one is used outside the tests."""
-    monkeypatch.setattr(cpu.native(), "simd", request.param)
 
 
 @pytest.fixture(autouse=True)

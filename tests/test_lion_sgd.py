@@ -15,11 +15,10 @@ from msamp_like.formats import BF16, E4M3, E4M3FNUZ, E5M2, FP16, FP32, WHOLE, Fo
 from msamp_like.kernels import LionScalars, Operand, Row, SgdScalars, reference, reference_updates
 from msamp_like.policy import LEAN, O2
 from msamp_like.tensor import ScalingTensor
-from tests.operands import same
-from tests.test_updates import BLOCK, cloned, every_simd, needs_native, noise, split, stored, tensors_of
+from tests.operands import needs_native, same
+from tests.test_updates import BLOCK, cloned, noise, split, stored, tensors_of
 
 pytestmark = needs_native
-assert every_simd  # a fixture
 
 LION = LionScalars(1e-3, 0.9, 0.99, 0.1)
 SGD = SgdScalars(1e-2, 0.9, 0.1, 0.01, False)
@@ -45,7 +44,7 @@ def one_by_one(row: Row, scalars: Scalars) -> None:
     lion = isinstance(scalars, LionScalars)
     optimizer = (optim.Lion if lion else optim.SGD)([torch.nn.Parameter(torch.zeros(1))])
     optimizer._scalars = lambda group: scalars
-    optimizer._update_row(row, {})
+    kernels.steps_([row], functools.partial(optimizer._updated, {}))
 
 
 def row_of(kind: str, shape, stochastic: bool = True, seed: int = 0, step: int = 5, grad: Format = E4M3) -> Row:

@@ -10,19 +10,12 @@ from torch import Tensor
 
 from msamp_like import kernels
 from msamp_like.formats import BF16, E4M3, E5M2, FP16, FP32, UE5M3, WHOLE, Block, Format
-from msamp_like.kernels import AdamScalars, Noise, Operand, Residual, Row, cpu, reference, reference_updates
+from msamp_like.kernels import AdamScalars, Noise, Operand, Residual, Row, reference, reference_updates
 from msamp_like.kernels.reference_updates import bounds, corrected, largest_ratio
 from tests.operands import same, spread
 
 SCALARS = AdamScalars(1e-3, 0.9, 0.99, 1e-8, 0.1, True)
 BLOCK: Block = (1, 128)
-needs_native = pytest.mark.skipif(not cpu.available(), reason=cpu.status().reason)
-
-
-@pytest.fixture(params=range(cpu.native().simd + 1) if cpu.available() else [], ids=lambda simd: cpu._SIMD_NAMES[simd])
-def every_simd(request, monkeypatch):
-    """Each instruction set the processor has, though only the best one is used outside the tests."""
-    monkeypatch.setattr(cpu.native(), "simd", request.param)
 
 
 def noise(stochastic: bool, role: int) -> Noise | None:
@@ -45,12 +38,7 @@ def values_of(shape) -> list[Tensor]:
 
 def lean_row(shape, stochastic=True, seed=0, second: Format = UE5M3) -> Row:
     torch.manual_seed(seed)
-    w, g, m, v = (
-        torch.randn(shape) * 0.02,
-        torch.randn(shape) * 1e-3,
-        torch.randn(shape) * 1e-4,
-        torch.rand(shape) * 1e-7,
-    )
+    w, g, m, v = values_of(shape)
     param, residual = split(w, stochastic)
     states = (stored(m, E4M3, BLOCK), stored(v, second, BLOCK, noise(stochastic, 6)))
     return Row(param, stored(g, E4M3, WHOLE), states, 5, None, residual)
@@ -58,12 +46,7 @@ def lean_row(shape, stochastic=True, seed=0, second: Format = UE5M3) -> Row:
 
 def o2_row(shape, stochastic=True, seed=0, copy: Operand | None = None, grad: Format = E4M3) -> Row:
     torch.manual_seed(seed)
-    w, g, m, v = (
-        torch.randn(shape) * 0.02,
-        torch.randn(shape) * 1e-3,
-        torch.randn(shape) * 1e-4,
-        torch.rand(shape) * 1e-7,
-    )
+    w, g, m, v = values_of(shape)
     states = (stored(m, E4M3, BLOCK), stored(v, FP16, BLOCK, noise(stochastic, 6)))
     return Row(stored(w, FP16, BLOCK, noise(stochastic, 4)), stored(g, grad, WHOLE), states, 5, copy)
 

@@ -55,7 +55,6 @@ __all__ = [
     "dequantize",
     "dequantize_with_residual",
     "grouped_matmul",
-    "has_twin",
     "lion_steps_",
     "lion_update",
     "quantize",
@@ -67,6 +66,7 @@ __all__ = [
     "scaled_matmul",
     "sgd_steps_",
     "sgd_update",
+    "steps_",
     "store_",
     "store_with_residual_",
 ]
@@ -198,13 +198,12 @@ def sgd_steps_(rows: Sequence[Row], scalars: SgdScalars, bad: Tensor | None = No
     _OPS.sgd_steps_.default(*table.flatten(rows), *scalars, bad)
 
 
+def steps_(rows: Sequence[Row], update: Callable[..., list[Tensor]], bad: Tensor | None = None) -> None:
+    """See :func:`.reference_updates.steps_`: a step that has no kernel of its own, between the casts of the device."""
+    reference_updates.steps_(rows, update, bad, dequantize, store_)
+
+
 # --- which twin -----------------------------------------------------------------------------------------------------
-
-
-def has_twin(name: str, device: torch.device) -> bool:
-    """Whether a function is more than its definition on ``device``."""
-    pick = {"cpu": _on_cpu, "cuda": _on_cuda}.get(device.type, _elsewhere)
-    return pick(name) is not _elsewhere(name)
 
 
 def _elsewhere(name: str) -> ModuleType:

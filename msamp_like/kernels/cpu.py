@@ -32,7 +32,7 @@ TYPES = {  # the order of enum Type in cpu.cpp
     torch.float8_e5m2: 4,
     torch.uint8: 5,
 }
-_REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIMD_NAMES = ("baseline", "AVX2", "AVX-512")
 
 
@@ -151,7 +151,7 @@ def _noise(noise: Noise | None) -> _Noise | None:
 
 
 def _has_fast_path(x: Tensor, stored: torch.dtype = torch.float32) -> bool:
-    return x.dtype in _REAL_DTYPES and x.numel() > 0 and stored in TYPES
+    return x.dtype in REAL_DTYPES and x.numel() > 0 and stored in TYPES
 
 
 def checked_scales(scale_inv: Tensor, shape: torch.Size, block: Block) -> Tensor:
@@ -273,7 +273,7 @@ def _quantize_current(
 
 def dequantize(payload: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference.dequantize`."""
-    if payload.numel() == 0 or dtype not in _REAL_DTYPES or payload.dtype not in TYPES:
+    if payload.numel() == 0 or dtype not in REAL_DTYPES or payload.dtype not in TYPES:
         return reference.dequantize(payload, scale_inv, block, dtype)
     real = torch.empty(payload.shape, dtype=dtype)
     dequantize_into(real, payload, scale_inv, block)

@@ -107,13 +107,13 @@ def _call(name: str, arguments: ctypes.Structure, rows: int, *between: Any) -> N
 
 
 def _is_fast(tensors: tuple[Tensor | None, ...], *blocks: tuple[int, int] | None) -> bool:
-    real = all(t is None or (t.dtype in cpu._REAL_DTYPES and t.numel() > 0) for t in tensors)
+    real = all(t is None or (t.dtype in cpu.REAL_DTYPES and t.numel() > 0) for t in tensors)
     return real and all(b is None or (b[0] == 1 and b[1] > 0 and _PIECE % b[1] == 0) for b in blocks)
 
 
 def _out_is_fast(out: Target) -> bool:
     if out.block is None:
-        return out.dtype in cpu._REAL_DTYPES
+        return out.dtype in cpu.REAL_DTYPES
     return _is_fast((), out.block) if out.scale_inv is None else out.block == WHOLE
 
 
@@ -178,7 +178,7 @@ def norm_backward(
     grad: Tensor, kept: Operand, inverse: Tensor, weight: Tensor | None, centered: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`.reference_fused.norm_backward`."""
-    if not _is_fast((grad,), kept.block) or dtype not in cpu._REAL_DTYPES:
+    if not _is_fast((grad,), kept.block) or dtype not in cpu.REAL_DTYPES:
         return reference_fused.norm_backward(grad, kept, inverse, weight, centered, dtype)
     rows, columns = grad.numel() // grad.shape[-1], grad.shape[-1]
     scale, width = _vectors(weight), columns + -columns % _VECTOR
@@ -243,7 +243,7 @@ def softmax_quantize(logits: Tensor, kept: Grouped) -> tuple[Tensor, Kept]:
 
 def softmax_backward(kept: Operand, targets: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """See :func:`.reference_fused.softmax_backward`."""
-    if not _is_fast((grad,), kept.block) or dtype not in cpu._REAL_DTYPES or targets.dtype != torch.int64:
+    if not _is_fast((grad,), kept.block) or dtype not in cpu.REAL_DTYPES or targets.dtype != torch.int64:
         return reference_fused.softmax_backward(kept, targets, grad, dtype)
     made, target = _new(kept.payload, Target(dtype))
     columns, grad = kept.payload.shape[1], grad.float()
@@ -266,7 +266,7 @@ def requantize(
     source: Operand, format: Format, block: Block, margin: int = 0, power_of_two: bool = True
 ) -> tuple[Tensor, Tensor]:
     """See :func:`.reference_fused.requantize`."""
-    plain = source.payload.dtype in cpu._REAL_DTYPES and source.scale_inv.numel() == 1
+    plain = source.payload.dtype in cpu.REAL_DTYPES and source.scale_inv.numel() == 1
     if plain and float(source.scale_inv) == 1.0:
         return cpu.quantize_current(source.payload, format, block, margin, power_of_two)[:2]
     values = cpu.dequantize(*source[:3], torch.float32)

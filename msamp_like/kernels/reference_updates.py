@@ -232,24 +232,33 @@ def sgd_steps_(rows: Sequence[Row], scalars: SgdScalars, bad: Tensor | None = No
     steps_(rows, functools.partial(sgd_update, scalars=scalars), bad)
 
 
-def steps_(rows: Sequence[Row], update: Callable[..., list[Tensor]], bad: Tensor | None = None) -> None:
+def steps_(
+    rows: Sequence[Row],
+    update: Callable[..., list[Tensor]],
+    bad: Tensor | None = None,
+    read: Callable[..., Tensor] = dequantize,
+    write: Callable[[Operand, Tensor], None] = store_,
+) -> None:
     """Dequantize, ``update(param, grad, *states, step=step)``, requantize with scales from the new values; then the
-    row's copy from what is stored. Where ``bad``, FP32 (1,) beside the rows, is not zero, nothing is written."""
+    row's copy from what is stored. Where ``bad``, FP32 (1,) beside the rows, is not zero, nothing is written.
+
+    ``read`` and ``write`` are the casts, here the definition's.
+    """
     if is_bad(bad):
         return
     for row in rows:
-        grad, *states = (dequantize(*operand[:3], torch.float32) for operand in (row.grad, *row.states))
+        grad, *states = (read(*operand[:3], torch.float32) for operand in (row.grad, *row.states))
         if row.residual is None:
-            new, *states = update(dequantize(*row.param[:3], torch.float32), grad, *states, step=row.step)
-            store_(row.param, new)
+            new, *states = update(read(*row.param[:3], torch.float32), grad, *states, step=row.step)
+            write(row.param, new)
         else:
             old = dequantize_with_residual(row.param, row.residual.payload)
             new, *states = update(old, grad, *states, step=row.step)
             store_with_residual_(row.param, row.residual, new, amax(new, WHOLE))
         for operand, value in zip(row.states, states, strict=True):
-            store_(operand, value)
+            write(operand, value)
         if row.copy is not None:
-            store_(row.copy, dequantize(*row.param[:3], torch.float32))
+            write(row.copy, read(*row.param[:3], torch.float32))
 
 
 def is_bad(bad: Tensor | None) -> bool:

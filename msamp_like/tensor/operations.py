@@ -178,10 +178,10 @@ def _add(a: Tensor, b: Tensor, alpha: float = 1) -> ScalingTensor:
 def _add_(target: Tensor, other: Tensor, alpha: float = 1) -> Tensor:
     if not isinstance(target, ScalingTensor):
         return target.add_(real(other, target.dtype), alpha=alpha)
-    alike = isinstance(other, ScalingTensor) and other.shape == target.shape and other.device == target.device
-    if not alike or alpha != 1:
+    alike = other.shape == target.shape and other.device == target.device
+    if not isinstance(other, ScalingTensor) or not alike or alpha != 1:
         return target.store_(real(target) + real(other).to(target.device) * alpha)
-    fused.accumulate_(target.operand, other.operand)  # type: ignore[attr-defined]
+    fused.accumulate_(target.operand, other.operand)
     target.agreed = False
     target.drop_casts()
     return target
